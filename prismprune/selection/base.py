@@ -1,0 +1,137 @@
+"""What a selection method gets and gives, and the ordering that all methods share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from prismprune.errors import InvalidOptionError, InvalidScoresError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a vision tower says about the patches of B images of one size, N patches each.
+
+    attention: [B, H, N], one row a head, any floating dtype. For towers with a CLS token: the attention of
+        the CLS query to each patch.
+    features: [B, N, d], any floating dtype: those that the projector takes.
+    grid: (rows, columns) of the patches in raster order, rows * columns = N; None where they form none.
+
+    Raises `InvalidScoresError` where the shapes do not belong together.
+    """
+
+    attention: Tensor
+    features: Tensor
+    grid: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        attention, features = tuple(self.attention.shape), tuple(self.features.shape)
+        if len(attention) != 3 or len(features) != 3:
+            raise InvalidScoresError(
+                f"Expected attention [B, H, N] and features [B, N, d], got {attention}, {features}."
+            )
+        if (attention[0], attention[2]) != features[:2] or attention[1] == 0:
+            raise InvalidScoresError(
+                f"Attention {attention} and features {features} are not of the same patches."
+            )
+        if self.grid is not None and self.grid[0] * self.grid[1] != features[1]:
+            raise InvalidScoresError(f"A grid of {self.grid} does not hold {features[1]} patches.")
+
+    @property
+    def images(self) -> int:
+        """B, the number of images, crops or frames."""
+        return self.features.shape[0]
+
+    @property
+    def candidates(self) -> int:
+        """N, the patches of each."""
+        return self.features.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The kept patches of B images, as raster indices: int64, ascending, without duplicates.
+
+    indices: [B, K]. salient: [B, K_sal] and diverse: [B, K_div] part `indices` in two; both are None where
+    the method does not tell them apart.
+    """
+
+    indices: Tensor
+    salient: Tensor | None = None
+    diverse: Tensor | None = None
+
+    def image(self, index: int) -> Selection:
+        """The selection of one image of the batch, without the dimension B."""
+        salient, diverse = (None if part is None else part[index] for part in (self.salient, self.diverse))
+        return Selection(self.indices[index], salient, diverse)
+
+
+class Selector(Protocol):
+    """A method: which `k` patches of each image stay.
+
+    `k` of at least the number of patches keeps all, and 0 keeps none. An image's selection does not depend on
+    its neighbours in the batch. Ties go to the lower raster index, on every device.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    def __call__(self, scores: Scores, k: int) -> Selection: ...
+
+
+def exact(values: Tensor) -> Tensor:
+    """`values` in float64, to compute in; results are rounded to float32 before they are compared.
+
+    So tokens that differ in nothing but the rounding of a sum, which changes with the device and even from
+    column to column, compare as equal, and the raster decides. Apple's GPUs have no float64: float32 there.
+    """
+    return values.to(torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def head_mean(attention: Tensor) -> Tensor:
+    """Mean over heads of attention [B, H, N]: [B, N], float32."""
+    return exact(attention).mean(dim=1).float()
+
+
+def head_variance(attention: Tensor) -> Tensor:
+    """Variance over heads of attention [B, H, N]: [B, N], float32, at least 0."""
+    values = exact(attention)
+    # In two passes: a single one subtracts two large sums that are nearly equal.
+    return (values - values.mean(dim=1, keepdim=True)).square().mean(dim=1).float()
+
+
+def highest(values: Tensor, k: int) -> Tensor:
+    """Raster indices [B, k], ascending, of each row's `k` highest values [B, N]; ties to the lower index.
+
+    Not `torch.topk`: which of several equal values it takes is left to the device.
+    """
+    return values.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
+
+
+def take(features: Tensor, indices: Tensor) -> Tensor:
+    """The tokens `indices` [B, K] of `features` [B, N, d]: [B, K, d]."""
+    images = torch.arange(features.shape[0], device=features.device)
+    return features[images.unsqueeze(1), indices]
+
+
+def check_range(option: str, value: object, low: float, high: float) -> None:
+    """Raise `InvalidOptionError` unless `value` is a number from `low` to `high`, both included."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise InvalidOptionError(f"{option} is a number from {low:g} to {high:g}.")
+
+
+def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise `InvalidOptionError` unless `value` is one of `choices`."""
+    if value not in choices:
+        raise InvalidOptionError(f"{option} is one of {', '.join(choices)}.")
+
+
+def check_seed(seed: object) -> None:
+    """Raise `InvalidOptionError` unless `seed` is a whole number from 0 to 2**63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+        raise InvalidOptionError("seed is a whole number from 0 to 2**63 - 1.")

@@ -1,0 +1,86 @@
+"""Farthest point sampling (FPS) by cosine distance, and FPS over all tokens as a method of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import torch
+
+from prismprune.selection.base import Scores, Selection, check_choice, exact, head_variance
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FpsStart = Literal["max_variance", "farthest_from_salient", "most_isolated"]
+FPS_STARTS: tuple[FpsStart, ...] = get_args(FpsStart)
+
+
+@dataclass(frozen=True, slots=True)
+class Fps:
+    """FPS over every token; attention has a say in the first one only (`fps_start`, see `farthest_points`).
+
+    Raises `InvalidOptionError` for an unknown start.
+    """
+
+    fps_start: FpsStart = "max_variance"
+    name: ClassVar[str] = "fps"
+
+    def __post_init__(self) -> None:
+        check_choice("fps_start", self.fps_start, FPS_STARTS)
+
+    def __call__(self, scores: Scores, k: int) -> Selection:
+        """See `Selector`. All kept tokens are diverse ones."""
+        k = min(k, scores.candidates)
+        variance = head_variance(scores.attention)
+        indices = farthest_points(scores.features, k, variance=variance, start=self.fps_start)
+        return Selection(indices, salient=indices[:, :0], diverse=indices)
+
+
+def farthest_points(
+    features: Tensor, k: int, *, variance: Tensor, start: FpsStart, salient: Tensor | None = None
+) -> Tensor:
+    """Indices [B, k], ascending, of `k` of the M tokens of `features` [B, M, d].
+
+    Each next token is the one farthest from its nearest picked one; distance is 1 - cosine, ties go to the
+    lower index. The first is, by `start`:
+    max_variance: the highest of `variance` [B, M];
+    farthest_from_salient: the one farthest from its nearest in `salient` [B, S, d] (none: max_variance);
+    most_isolated: the one farthest from its nearest neighbour.
+    Later steps measure to the picked ones only. No step waits for the device.
+    """
+    images, size, _ = features.shape
+    if k in (0, size):
+        return torch.arange(k, device=features.device).expand(images, k)
+    points = _directions(features)
+    distance = _distances(points, points)  # [B, M, M]
+    myself = torch.eye(size, dtype=torch.bool, device=features.device)
+    if start == "most_isolated":
+        first = distance.masked_fill(myself, torch.inf).amin(dim=2).argmax(dim=1)
+    elif start == "farthest_from_salient" and salient is not None and salient.shape[1] > 0:
+        first = _distances(points, _directions(salient)).amin(dim=2).argmax(dim=1)
+    else:
+        first = variance.argmax(dim=1)  # of equal values the first, as torch documents
+    return _spread(distance.masked_fill(myself, -torch.inf), first, k)
+
+
+def _spread(distance: Tensor, first: Tensor, k: int) -> Tensor:
+    """`k` steps of FPS for all images at once; -inf on its diagonal, `distance` bars what is picked."""
+    images, size, _ = distance.shape
+    rows = distance.reshape(images * size, size)
+    first_row = torch.arange(images, device=first.device) * size
+    picks = [first]
+    nearest = rows[first_row + first]  # [B, M]: each token's distance to its nearest picked one
+    for _ in range(k - 1):
+        picks.append(nearest.argmax(dim=1))
+        torch.minimum(nearest, rows[first_row + picks[-1]], out=nearest)
+    return torch.stack(picks, dim=1).sort(dim=1).values
+
+
+def _directions(features: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(exact(features), dim=2)
+
+
+def _distances(points: Tensor, others: Tensor) -> Tensor:
+    # Subtracted in float32, on whose even grid near 1 the noise around equal and around orthogonal vanishes.
+    return 1 - (points @ others.transpose(1, 2)).float()

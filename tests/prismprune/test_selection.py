@@ -1,0 +1,290 @@
+"""Selection: the library against the reference, and what holds for every method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prismprune import (
+    METHODS,
+    InvalidBudgetError,
+    InvalidOptionError,
+    InvalidScoresError,
+    Scores,
+    Selection,
+    TokenBudget,
+    UnknownMethodError,
+    select,
+    selector,
+)
+from prismprune.selection.fps import FPS_STARTS, FpsStart
+from tests.prismprune import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def random_scores(
+    images: int = 3,
+    heads: int = 4,
+    tokens: int = 50,
+    width: int = 8,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Attention as a softmax leaves it, [B, H, N], and features [B, N, d]."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(images, heads, tokens + 1, generator=generator)
+    features = torch.randn(images, tokens, width, generator=generator)
+    return logits.softmax(dim=-1)[:, :, 1:].to(dtype), features.to(dtype)
+
+
+def expected(
+    attention: Tensor, features: Tensor, k: int, **options: Any
+) -> list[tuple[list[int], list[int]]]:
+    """The reference's (salient, diverse) of each image."""
+    pairs = zip(attention.double().numpy(), features.double().numpy(), strict=True)
+    return [reference.prism(a, f, k, **options) for a, f in pairs]
+
+
+def kept_parts(selection: Selection) -> list[tuple[list[int], list[int]]]:
+    """A batched selection as the reference writes it."""
+    return list(zip(selection.salient.tolist(), selection.diverse.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prism_matches_the_reference_on_200_maps(dtype: torch.dtype) -> None:
+    """Same salient and the same diverse tokens, in LLaVA-1.5's geometry, whatever the dtype of the input."""
+    for seed, k in enumerate((128, 64, 32, 192, 33)):
+        attention, features = random_scores(40, 16, 576, 64, seed=seed, dtype=dtype)
+        selection = select(attention, features, k)
+        assert kept_parts(selection) == expected(attention, features, k)
+
+
+@st.composite
+def tied_scores(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Small integers as attention and features: ties everywhere, and every sum exact in binary."""
+    images, tokens = draw(st.integers(1, 3)), draw(st.integers(1, 24))
+    heads, width = draw(st.sampled_from([1, 2, 4, 8])), draw(st.integers(1, 3))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    attention = rng.integers(0, draw(st.integers(1, 9)), (images, heads, tokens)) / 256
+    features = rng.integers(-1, 2, (images, tokens, width))
+    return torch.from_numpy(attention).float(), torch.from_numpy(features).float()
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    scores=tied_scores(),
+    k=st.integers(1, 30),
+    share=st.sampled_from([0, 0.25, 0.29, 0.5, 0.75, 1]),
+    factor=st.sampled_from([1, 1.5, 4, 64, None]),
+    start=st.sampled_from(FPS_STARTS),
+)
+def test_prism_matches_the_reference_with_ties_and_options(
+    scores: tuple[Tensor, Tensor], k: int, share: float, factor: float | None, start: FpsStart
+) -> None:
+    """Ties break to the lower raster index, in each step and under every option."""
+    options = {"salient_share": share, "pool_factor": factor, "fps_start": start}
+    selection = select(*scores, k, **options)
+    assert kept_parts(selection) == expected(*scores, k, share=share, factor=factor, start=start)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 45), st.integers(0, 999))
+def test_copies_of_a_token_tie(heads: int, tokens: int, k: int, seed: int) -> None:
+    """Tokens with the same attention and features tie exactly, also where sums round; the first ones win."""
+    attention, features = random_scores(2, heads, tokens, 5, seed=seed)
+    copies = torch.randint(tokens, (tokens,), generator=torch.Generator().manual_seed(seed))
+    attention, features = attention[:, :, copies], features[:, copies]
+    assert kept_parts(select(attention, features, k)) == expected(attention, features, k)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [0, 1, 2, 17, 49, 50, 51, 10**6])
+def test_every_method_keeps_exactly_k(method: str, k: int) -> None:
+    """min(K, N) distinct raster indices in ascending order, as int64."""
+    indices = selector(method)(Scores(*random_scores()), k).indices
+    assert indices.shape == (3, min(k, 50))
+    assert indices.dtype == torch.int64
+    assert all(row == sorted(set(row)) and set(row) <= set(range(50)) for row in indices.tolist())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("k", [1, 16, 50])
+def test_every_method_is_blind_to_the_batch(method: str, k: int) -> None:
+    """Each image of a batch gets what it gets alone."""
+    attention, features = random_scores(images=5, tokens=50, width=33)
+    batched = select(attention, features, k, method)
+    for image in range(5):
+        alone, member = select(attention[image], features[image], k, method), batched.image(image)
+        for part in ("indices", "salient", "diverse"):
+            mine, theirs = getattr(alone, part), getattr(member, part)
+            assert (mine is None and theirs is None) or torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_repeats_itself(method: str) -> None:
+    """Same input, same tokens."""
+    scores = random_scores()
+    assert torch.equal(select(*scores, 20, method).indices, select(*scores, 20, method).indices)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_degenerate_input(method: str) -> None:
+    """Attention without differences and features of length zero still give K distinct tokens."""
+    indices = select(torch.zeros(2, 3, 12), torch.zeros(2, 12, 4), 5, method).indices
+    assert [len(set(row)) for row in indices.tolist()] == [5, 5]
+
+
+@pytest.mark.parametrize("k", [0, 1, 7, 50, 60])
+def test_salient_and_diverse_part_the_kept_tokens(k: int) -> None:
+    """K_sal is K // 2 and K_div the rest, also where all are kept."""
+    selection = selector("prism")(Scores(*random_scores()), k)
+    both = torch.cat([selection.salient, selection.diverse], dim=1).sort(dim=1).values
+    assert torch.equal(both, selection.indices)
+    assert selection.salient.shape[1] == min(k, 50) // 2
+
+
+@pytest.mark.parametrize(("method", "parts"), [("saliency", (9, 0)), ("fps", (0, 9))])
+def test_one_sided_methods_say_which_side(method: str, parts: tuple[int, int]) -> None:
+    """`saliency` keeps salient tokens only, `fps` diverse ones only."""
+    selection = select(*random_scores(), 9, method)
+    assert (selection.salient.shape[1], selection.diverse.shape[1]) == parts
+
+
+@pytest.mark.parametrize("method", ["uniform", "random"])
+def test_methods_without_sides_say_so(method: str) -> None:
+    """`uniform` and `random` know neither salient nor diverse tokens."""
+    selection = select(*random_scores(), 9, method)
+    assert selection.salient is None
+    assert selection.diverse is None
+
+
+def test_saliency_is_prism_without_diversity() -> None:
+    """K_div = 0 is saliency only."""
+    scores = random_scores()
+    assert torch.equal(select(*scores, 20, "saliency").indices, select(*scores, 20, salient_share=1).indices)
+
+
+@pytest.mark.parametrize("start", FPS_STARTS)
+def test_fps_is_prism_without_salience_and_filter(start: FpsStart) -> None:
+    """K_sal = 0 and M = all is global FPS."""
+    scores = random_scores()
+    prism = select(*scores, 20, salient_share=0, pool_factor="all", fps_start=start)
+    assert torch.equal(select(*scores, 20, "fps", fps_start=start).indices, prism.indices)
+
+
+def test_uniform_is_evenly_spaced() -> None:
+    """The middle of each of K equal stretches of the raster."""
+    assert select(*random_scores(1, 2, 12), 4, "uniform").indices.tolist() == [[1, 4, 7, 10]]
+
+
+def test_random_depends_on_seed_and_size_alone() -> None:
+    """The same seed draws the same tokens for other images; another seed draws others."""
+    first, second = random_scores(seed=1), random_scores(images=1, heads=2, seed=2)
+    assert torch.equal(select(*first, 20, "random").indices[:1], select(*second, 20, "random").indices)
+    assert not torch.equal(select(*first, 20, "random").indices, select(*first, 20, "random", seed=1).indices)
+
+
+def test_a_smaller_random_budget_is_part_of_a_larger() -> None:
+    """One permutation a seed, so budgets nest and comparisons between them are fair."""
+    scores = random_scores()
+    small, large = (set(select(*scores, k, "random").indices[0].tolist()) for k in (10, 30))
+    assert small < large
+
+
+def test_attention_in_half_precision_keeps_variances_apart() -> None:
+    """The variance is not computed in float16, where small attention underflows to zero variance."""
+    attention = torch.tensor([[1e-3, 2e-3, 1e-3], [1e-3, 1e-3, 3e-3]], dtype=torch.float16)
+    assert select(attention, torch.eye(3).half(), 1, "fps").indices.tolist() == [2]
+
+
+@pytest.mark.parametrize("budget", [4, "4", TokenBudget(tokens=4), TokenBudget(ratio=1 / 3)])
+def test_select_takes_any_budget(budget: Any) -> None:
+    """A number, digits, a budget of tokens or a ratio of each image's candidates."""
+    assert select(*random_scores(2, 2, 12), budget).indices.shape == (2, 4)
+
+
+def test_select_of_one_image_has_no_batch() -> None:
+    """[H, N] and [N, d] give [K]."""
+    attention, features = random_scores(1)
+    selection = select(attention[0], features[0], 10)
+    assert (selection.indices.shape, selection.salient.shape, selection.diverse.shape) == ((10,), (5,), (5,))
+
+
+@pytest.mark.parametrize("budget", [0, -1, "many"])
+def test_select_refuses_a_bad_budget(budget: Any) -> None:
+    """The errors of `TokenBudget` come through."""
+    with pytest.raises(InvalidBudgetError):
+        select(*random_scores(), budget)
+
+
+def test_an_unknown_method_is_told_the_known_ones() -> None:
+    """The message lists every method."""
+    with pytest.raises(UnknownMethodError, match="prism, saliency, uniform, random, fps"):
+        selector("best")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("prism", {"salient_share": -0.1}),
+        ("prism", {"salient_share": 1.1}),
+        ("prism", {"salient_share": float("nan")}),
+        ("prism", {"salient_share": "half"}),
+        ("prism", {"salient_share": True}),
+        ("prism", {"pool_factor": 0.5}),
+        ("prism", {"pool_factor": 65}),
+        ("prism", {"pool_factor": "most"}),
+        ("prism", {"fps_start": "first"}),
+        ("prism", {"seed": 1}),
+        ("fps", {"fps_start": "first"}),
+        ("random", {"seed": -1}),
+        ("random", {"seed": 2**63}),
+        ("random", {"seed": 0.5}),
+        ("uniform", {"seed": 1}),
+    ],
+)
+def test_bad_options_are_refused(method: str, options: dict[str, Any]) -> None:
+    """An option out of range, of the wrong type, or of another method."""
+    with pytest.raises(InvalidOptionError):
+        selector(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("attention", "features", "grid"),
+    [
+        ((4, 9), (9, 2), None),
+        ((1, 4, 9), (9, 2), None),
+        ((1, 4, 9), (1, 8, 2), None),
+        ((2, 4, 9), (1, 9, 2), None),
+        ((1, 0, 9), (1, 9, 2), None),
+        ((1, 4, 9), (1, 9, 2), (3, 4)),
+    ],
+)
+def test_scores_that_do_not_belong_together_are_refused(
+    attention: tuple[int, ...], features: tuple[int, ...], grid: tuple[int, int] | None
+) -> None:
+    """Attention and features are of the same images and patches, and the grid holds them."""
+    with pytest.raises(InvalidScoresError):
+        Scores(torch.zeros(attention), torch.zeros(features), grid)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cuda_selects_what_the_cpu_selects(method: str, dtype: torch.dtype) -> None:
+    """Same input, same tokens on every device, ties included."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    attention, features = random_scores(8, 16, 576, 256, dtype=dtype)
+    features[:, 100:200] = features[:, 200:300]
+    on_cpu = select(attention, features, 64, method)
+    on_cuda = select(attention.cuda(), features.cuda(), 64, method)
+    assert torch.equal(on_cpu.indices, on_cuda.indices.cpu())
