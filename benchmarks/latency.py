@@ -1,0 +1,402 @@
+"""Time and memory of an answer, pruned and not, against transformers' own unpruned `generate`, in one run.
+
+    python benchmarks/latency.py                      # the embedded demo model
+    python benchmarks/latency.py --model DIRECTORY --budgets all,128,64,32 --json
+    python benchmarks/latency.py --random             # random weights in the demo's geometry
+
+Each round asks every configuration once about the same new picture, in an order that moves on from round to
+round, so that whatever slows the machine down meets all of them. The first round is dropped. Peak memory is
+measured in a process of its own for each configuration, from the loaded model on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import psutil
+import torch
+import transformers
+from PIL import Image, ImageDraw
+from transformers import (
+    AutoProcessor,
+    CLIPImageProcessor,
+    Dinov2Config,
+    GenerationConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from prismprune import PrunedVLM
+from prismprune.loading import DEMO, resolve
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BASELINE = "transformers"
+QUESTION = "What color is the star?"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One answer. Times in milliseconds; `prefill_ms` is the language model's alone, without the head."""
+
+    first_token_ms: float
+    total_ms: float
+    prefill_ms: float
+    kv_bytes: int
+    tokens: int
+
+
+class Contender(Protocol):
+    """One configuration, loaded and ready."""
+
+    model: Any
+
+    def answer(self, image: Image.Image, max_new_tokens: int) -> Run: ...
+
+
+@dataclass
+class Prefills:
+    """Notes how long the language model takes for each prompt, and not for single tokens."""
+
+    device: torch.device
+    started: float = 0.0
+    times_ms: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def of(self, language_model: torch.nn.Module) -> Iterator[None]:
+        hooks = (
+            language_model.register_forward_pre_hook(self._start, with_kwargs=True),
+            language_model.register_forward_hook(self._end, with_kwargs=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _start(self, _module: Any, _args: Any, _kwargs: Any) -> None:
+        self.started = now(self.device)
+
+    def _end(self, _module: Any, _args: Any, kwargs: Any, _output: Any) -> None:
+        if kwargs["inputs_embeds"].shape[1] > 1:
+            self.times_ms.append((now(self.device) - self.started) * 1000)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class FirstToken(BaseStreamer):
+    """Notes when the first generated token comes; `put` gets the prompt before it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._puts = 0
+        self.at = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        del value
+        self._puts += 1
+        if self._puts == 2:
+            self.at = now(self._device)
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+class Unpruned:
+    """What a user of transformers alone writes: the checkpoint's processor and `generate`."""
+
+    def __init__(self, path: str) -> None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
+        self.model = model.to(device).eval()
+        self.processor = AutoProcessor.from_pretrained(path)
+        content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+        self.prompt = self.processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+
+    def answer(self, image: Image.Image, max_new_tokens: int) -> Run:
+        device = self.model.device
+        prefills, first = Prefills(device), FirstToken(device)
+        with prefills.of(self.model.model.language_model):
+            started = now(device)
+            inputs = self.processor(images=image, text=self.prompt, return_tensors="pt").to(device)
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                streamer=first,
+                return_dict_in_generate=True,
+            )
+            self.processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :])
+            ended = now(device)
+        layers = [tensor for layer in output.past_key_values for tensor in layer[:2]]
+        return Run(
+            first_token_ms=(first.at - started) * 1000,
+            total_ms=(ended - started) * 1000,
+            prefill_ms=prefills.times_ms[0],
+            kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in layers),
+            tokens=output.sequences.shape[1] - inputs["input_ids"].shape[1],
+        )
+
+
+class Pruned:
+    """The same question to the library, at one budget."""
+
+    def __init__(self, vlm: PrunedVLM, budget: str) -> None:
+        self.vlm = vlm
+        self.model = vlm.model
+        self.budget = budget
+
+    def answer(self, image: Image.Image, max_new_tokens: int) -> Run:
+        prefills = Prefills(self.vlm.device)
+        with prefills.of(self.model.model.language_model):
+            started = now(self.vlm.device)
+            answer = self.vlm.answer(image, QUESTION, self.budget, max_new_tokens=max_new_tokens)
+            ended = now(self.vlm.device)
+        return Run(
+            first_token_ms=answer.timings.time_to_first_token_ms,
+            total_ms=(ended - started) * 1000,
+            prefill_ms=prefills.times_ms[0],
+            kv_bytes=answer.memory.kv_cache_bytes,
+            tokens=len(answer.token_ids),
+        )
+
+
+def load(path: str, names: list[str]) -> dict[str, Contender]:
+    """The contenders by name; all budgets share one model."""
+    contenders: dict[str, Contender] = {}
+    if BASELINE in names:
+        contenders[BASELINE] = Unpruned(path)
+    if budgets := [name for name in names if name != BASELINE]:
+        vlm = PrunedVLM.from_pretrained(path)
+        for budget in budgets:
+            contenders[budget] = Pruned(vlm, budget)
+    return contenders
+
+
+def picture(number: int) -> Image.Image:
+    """A scene of five shapes on a plain ground, 640 x 480; another one for each number."""
+    image = Image.new("RGB", (640, 480), (235, 235, 225))
+    draw = ImageDraw.Draw(image)
+    for place, color in enumerate(("red", "green", "blue", "orange", "purple")):
+        left, top = (place * 120 + number * 37) % 560, (place * 90 + number * 53) % 400
+        shape = (draw.ellipse, draw.rectangle)[(place + number) % 2]
+        shape((left, top, left + 70, top + 70), fill=color)
+    return image
+
+
+def measure(contenders: dict[str, Contender], rounds: int, max_new_tokens: int) -> dict[str, list[Run]]:
+    names = list(contenders)
+    runs: dict[str, list[Run]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        image = picture(number)
+        for place in range(len(names)):
+            name = names[(place + number) % len(names)]
+            run = contenders[name].answer(image, max_new_tokens)
+            if number > 0:
+                runs[name].append(run)
+    return runs
+
+
+def peak_memory(path: str, name: str, max_new_tokens: int) -> dict[str, int]:
+    """Bytes of a process that answers in one way only: with the model loaded, and at the highest after."""
+    contender = load(path, [name])[name]
+    for parameter in contender.model.parameters():
+        parameter.sum()  # weights are mapped from the file, and resident only once they are touched
+    if torch.cuda.is_available():
+        loaded = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        loaded = psutil.Process().memory_info().rss
+        reset_peak_resident()
+    for number in range(2):
+        contender.answer(picture(number), max_new_tokens)
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
+    return {"loaded_bytes": loaded, "peak_bytes": peak}
+
+
+def reset_peak_resident() -> None:
+    """Forget that loading took more than answering (Linux only: see proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_resident() -> int:
+    """VmHWM, in bytes: the most that was resident since the last reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def peak_memory_apart(path: str, name: str, max_new_tokens: int) -> dict[str, int]:
+    command = [sys.executable, __file__, "--model", path, "--memory-of", name]
+    command += ["--max-new-tokens", str(max_new_tokens), "--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 (this very script)
+    memory: dict[str, int] = json.loads(done.stdout)
+    return memory
+
+
+def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
+    """Median and quartiles of each measure."""
+    measures = {name: [asdict(run)[name] for run in runs] for name in asdict(runs[0])}
+    return {
+        name: {
+            "median": statistics.median(values),
+            "q1": statistics.quantiles(values, n=4, method="inclusive")[0],
+            "q3": statistics.quantiles(values, n=4, method="inclusive")[2],
+        }
+        for name, values in measures.items()
+    }
+
+
+def machine() -> dict[str, str | int]:
+    """What the numbers were measured on."""
+    if torch.cuda.is_available():
+        processor = torch.cuda.get_device_name()
+    else:
+        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+        names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
+        processor = names[0] if names else platform.processor()
+    return {
+        "processor": processor,
+        "cores": psutil.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def report(results: dict[str, Any]) -> str:
+    """A table: medians with quartiles, and how many times better than transformers alone."""
+    base = results["configurations"][BASELINE]
+    lines = [", ".join(f"{key} {value}" for key, value in results["machine"].items())]
+    lines.append(
+        f"{results['model']}, {results['rounds']} rounds, answers of up to {results['max_new_tokens']} tokens"
+        "; median (quartiles), times faster than transformers"
+    )
+    header = ("tokens", "first token ms", "total ms", "LM prefill ms", "peak MB (over the model)", "KV kB")
+    lines.append("{:<13} {:>28} {:>28} {:>28} {:>25} {:>9}".format(*header))
+    for name, one in results["configurations"].items():
+        times = [cell(one[key], base[key]) for key in ("first_token_ms", "total_ms", "prefill_ms")]
+        over = (one["peak_bytes"] - one["loaded_bytes"]) / 1e6
+        memory = f"{one['peak_bytes'] / 1e6:.0f} ({over:.0f})"
+        cells = (name, *times, memory, f"{one['kv_bytes']['median'] / 1e3:.0f}")
+        lines.append("{:<13} {:>28} {:>28} {:>28} {:>25} {:>9}".format(*cells))
+    return "\n".join(lines)
+
+
+def cell(measure: dict[str, float], base: dict[str, float]) -> str:
+    times = base["median"] / measure["median"]
+    return f"{measure['median']:.0f} ({measure['q1']:.0f}-{measure['q3']:.0f}) {times:.2f}x"
+
+
+def save_random(path: str) -> None:
+    """A checkpoint of the demo's geometry with random weights: ViT-S/14 at 336 px, and a 135M Llama."""
+    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 (only here)
+
+    vocabulary = {token: place for place, token in enumerate(["<pad>", "<end>", "<image>", "<unk>"])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 (a word)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",  # noqa: S106
+        eos_token="<end>",  # noqa: S106
+        unk_token="<unk>",  # noqa: S106
+        additional_special_tokens=["<image>"],
+    )
+    text = LlamaConfig(
+        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    vision = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=2,
+            vision_feature_layer=-1,
+            tie_word_embeddings=True,
+        )
+    )
+    model.generation_config = GenerationConfig(pad_token_id=0)
+    model.save_pretrained(path)
+    square = {"height": 336, "width": 336}
+    LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False),
+        tokenizer=tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template="{% for part in messages[0]['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}",
+    ).save_pretrained(path)
+
+
+def run(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
+    names = [BASELINE, *arguments.budgets.split(",")]
+    runs = measure(load(path, names), arguments.rounds, arguments.max_new_tokens)
+    return {
+        "machine": machine(),
+        "model": "random weights in the demo's geometry" if arguments.random else arguments.model,
+        "rounds": arguments.rounds,
+        "max_new_tokens": arguments.max_new_tokens,
+        "configurations": {
+            name: summary(runs[name]) | peak_memory_apart(path, name, arguments.max_new_tokens)
+            for name in names
+        },
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=DEMO, help="a checkpoint directory, a hub id, or the demo")
+    parser.add_argument("--random", action="store_true", help="random weights in the demo's geometry")
+    parser.add_argument("--budgets", default="all,128,64,32", help="visual tokens, comma-separated")
+    parser.add_argument("--rounds", type=int, default=10, help="measured rounds, after one that is dropped")
+    parser.add_argument("--max-new-tokens", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    transformers.utils.logging.disable_progress_bar()
+    if arguments.memory_of:
+        memory = peak_memory(arguments.model, arguments.memory_of, arguments.max_new_tokens)
+        print(json.dumps(memory))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.random:
+            save_random(folder)
+        results = run(arguments, folder if arguments.random else resolve(arguments.model))
+    print(json.dumps(results, indent=2) if arguments.json else report(results))
+
+
+if __name__ == "__main__":
+    main()

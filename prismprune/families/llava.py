@@ -1,0 +1,190 @@
+"""LLaVA-1.5's shape: a vision tower with a CLS token, a two-layer projector, any language model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from PIL import Image
+from transformers import LlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from prismprune.attention import BlockReading, read_block
+from prismprune.errors import UnknownModelError
+from prismprune.families.base import Family, Pixels, Reading, View
+from prismprune.media import Clip
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from prismprune.media import Picture
+
+CLS_TOWERS = ("clip_vision_model", "dinov2")
+"""Towers whose first token is CLS and whose others are all patches."""
+VIEWS_PER_PASS = 64
+"""Views that the tower takes at once; more only add memory for activations."""
+
+Box = tuple[int, int, int, int]
+Sizes = dict[str, dict[str, int]]
+
+
+class LlavaFamily(Family):
+    """`LlavaForConditionalGeneration` with a CLIP or DINOv2 tower.
+
+    A clip is its frames as pictures in order, at the config's `video_image_size` if it has one.
+    """
+
+    name: ClassVar[str] = "llava"
+    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        super().__init__(model, processor)
+        config = model.config
+        if config.vision_config.model_type not in CLS_TOWERS:
+            raise UnknownModelError(
+                f"A {config.vision_config.model_type!r} tower gives no CLS attention to choose tokens by; "
+                f"known towers are {', '.join(CLS_TOWERS)}."
+            )
+        if not isinstance(config.vision_feature_layer, int):
+            raise UnknownModelError("Features of several vision layers at once are not supported.")
+        # `vision_feature_layer` counts hidden states: 0 is the embeddings, i the output of block i - 1.
+        states = config.vision_config.num_hidden_layers + 1
+        self._block = config.vision_feature_layer % states - 1
+        if self._block < 0 or not -states <= config.vision_feature_layer < states:
+            raise UnknownModelError(
+                f"vision_feature_layer {config.vision_feature_layer} is no block of the tower."
+            )
+
+    @staticmethod
+    def load(path: str, **options: Any) -> LlavaForConditionalGeneration:
+        return LlavaForConditionalGeneration.from_pretrained(path, **options)
+
+    @staticmethod
+    def unquantised() -> list[str]:
+        # Matched from the start of a module's full name: "vision_tower" alone would match nothing.
+        return ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+
+    @property
+    def placeholder_id(self) -> int:
+        return int(self.model.config.image_token_id)
+
+    @cached_property
+    def tokens_per_image(self) -> int:
+        blank = Image.new("RGB", (64, 64))
+        rows, columns = self.preprocess([View(blank, blank.size, media=0)])[0].grid
+        return rows * columns + self._prefix
+
+    @property
+    def _prefix(self) -> int:
+        return int(self.model.config.vision_feature_select_strategy == "full")
+
+    def views(self, media: Sequence[Picture | Clip]) -> list[View]:
+        views: list[View] = []
+        for place, item in enumerate(media):
+            if isinstance(item, Clip):
+                frames = enumerate(zip(item.frames, item.times_s, strict=True))
+                views += [
+                    View(image, item.size, place, frame=frame, time_s=time) for frame, (image, time) in frames
+                ]
+            else:
+                views.append(View(item.image, item.size, place))
+        return views
+
+    def preprocess(self, views: Sequence[View]) -> list[Pixels]:
+        by_edge: dict[int | None, list[int]] = defaultdict(list)
+        for place, view in enumerate(views):
+            frame_edge = getattr(self.model.config, "video_image_size", None)
+            by_edge[None if view.frame is None else frame_edge].append(place)
+        pixels: list[Pixels] = []
+        for edge, places in by_edge.items():
+            pixels += self._preprocess_at(edge, places, views)
+        return pixels
+
+    def _preprocess_at(self, edge: int | None, places: Sequence[int], views: Sequence[View]) -> list[Pixels]:
+        sizes = self._sizes(edge)
+        values = self.processor.image_processor([views[place].image for place in places], **sizes)[
+            "pixel_values"
+        ]
+        by_shape: dict[torch.Size, list[tuple[int, Tensor]]] = defaultdict(list)
+        for place, image in zip(places, map(torch.as_tensor, values), strict=True):
+            by_shape[image.shape].append((place, image))
+        return [self._together(group, views, sizes) for group in by_shape.values()]
+
+    def _together(self, group: list[tuple[int, Tensor]], views: Sequence[View], sizes: Sizes) -> Pixels:
+        places, images = zip(*group, strict=True)
+        tower = self.model.model.vision_tower
+        values = torch.stack(images)
+        grid = (values.shape[-2] // tower.config.patch_size, values.shape[-1] // tower.config.patch_size)
+        boxes = tuple(self._box(views[place].size, sizes, grid) for place in places)
+        return Pixels(places, values.to(tower.device, tower.dtype), grid, boxes)
+
+    def _sizes(self, edge: int | None) -> Sizes:
+        """`size` and, where the processor crops, `crop_size`; every length is `edge` if that is given."""
+        processor = self.processor.image_processor
+        sizes = {"size": processor.size} if processor.do_resize else {}
+        if processor.do_center_crop:
+            sizes["crop_size"] = processor.crop_size
+        return {
+            name: {key: edge or length for key, length in dict(size).items() if length is not None}
+            for name, size in sizes.items()
+        }
+
+    def _box(self, original: tuple[int, int], sizes: Sizes, grid: tuple[int, int]) -> Box:
+        """What the patch grid covers, in pixels of the original: undoes the resize and the centre crop."""
+        width, height = original
+        resized_width, resized_height = _resized(original, sizes.get("size", {}))
+        crop = sizes.get("crop_size", {"width": resized_width, "height": resized_height})
+        # int() and the halves as transformers computes them; below zero where it pads.
+        left = int((resized_width - crop["width"]) / 2)
+        top = int((resized_height - crop["height"]) / 2)
+        patch = self.model.config.vision_config.patch_size
+        right, bottom = left + grid[1] * patch, top + grid[0] * patch
+        across, down = width / resized_width, height / resized_height
+        return (
+            max(0, round(left * across)),
+            max(0, round(top * down)),
+            min(width, round(right * across)),
+            min(height, round(bottom * down)),
+        )
+
+    def read(self, pixels: Pixels) -> Reading:
+        readings = [self._read_block(values) for values in torch.split(pixels.values, VIEWS_PER_PASS)]
+        hidden = torch.cat([reading.hidden for reading in readings])
+        return Reading(
+            tokens=hidden[:, 1 - self._prefix :],
+            prefix=self._prefix,
+            attention=lambda: torch.cat([reading.cls_attention() for reading in readings]),
+        )
+
+    def _read_block(self, values: Tensor) -> BlockReading:
+        tower = self.model.model.vision_tower
+        blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
+        block = blocks[self._block]
+        attention = block.self_attn if hasattr(block, "self_attn") else block.attention
+        heads = tower.config.num_attention_heads
+        scale = (tower.config.hidden_size // heads) ** -0.5
+        with read_block(block, attention, heads=heads, scale=scale) as reading:
+            tower(values)
+        return reading
+
+    def project(self, tokens: Tensor) -> Tensor:
+        projected: Tensor = self.model.model.multi_modal_projector(tokens)
+        return projected
+
+    def visual_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
+        # Typed as one tensor, but LLaVA takes (and gives) a sequence, so that views may differ in length.
+        encoded = BaseModelOutputWithPooling(pooler_output=tuple(features))  # type: ignore[arg-type]
+        return {"mm_encoder_outputs": {"image": encoded}}
+
+
+def _resized(original: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:
+    """(width, height) after the processor's resize, which cuts the longer side to whole pixels."""
+    width, height = original
+    if "shortest_edge" in size:
+        edge = size["shortest_edge"]
+        return (edge, int(edge * height / width)) if width <= height else (int(edge * width / height), edge)
+    return size.get("width", width), size.get("height", height)

@@ -1,0 +1,404 @@
+"""`PrunedVLM`, the object that a user holds: media and questions in, answers with their costs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+from PIL import Image
+
+from prismprune.budget import TokenBudget
+from prismprune.encoding import EncodedMedia, EncodingRequest, encode
+from prismprune.errors import InvalidOptionError
+from prismprune.generation import Decoder, Generated, GenerationOptions, Prompt, TokenEvent
+from prismprune.loading import load_checkpoint
+from prismprune.media import Clip, Picture, as_picture, open_media
+from prismprune.meters import PeakMemory, Stopwatch, memory_bytes
+from prismprune.results import Answer, Memory, Timings
+
+if TYPE_CHECKING:
+    import torch
+
+    from prismprune.loading import Loaded, Progress
+
+__all__ = ["AnswerStream", "EncodedMedia", "GenerationOptions", "PrunedVLM", "VisualRequest"]
+
+Budget = int | str | TokenBudget | None
+"""Visual tokens that stay: a number, "all", None (all) or a `TokenBudget`."""
+Medium = str | Path | bytes | Image.Image | Picture | Clip
+"""A file, a file's bytes, a Pillow image, or media decoded before."""
+Answering = Generator[tuple[int, int, str], None, list[list[Answer]]]
+"""Yields (request, question, newly settled text, often none) a token; its value are all answers."""
+OnToken = Callable[[int, int, str], None]
+"""Called with (request, question, newly settled text) of a batch."""
+ShouldStop = Callable[[int], bool]
+"""Asked with the request's place in the batch before each token; True cancels the request."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisualRequest:
+    """Questions about the same media, answered from one encoding at one budget of visual tokens."""
+
+    media: tuple[Picture | Clip, ...]
+    questions: tuple[str, ...]
+    budget: TokenBudget = field(default_factory=TokenBudget.all)
+    method: str = "prism"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+
+    def __post_init__(self) -> None:
+        _check_questions(self.questions)
+
+    def encoding(self) -> EncodingRequest:
+        """The part that no question changes."""
+        return EncodingRequest(self.media, self.budget, self.method, self.method_options)
+
+
+class PrunedVLM:
+    """A vision-language model that answers from as many visual tokens as it is told to keep.
+
+        vlm = PrunedVLM.from_pretrained("prism-demo")
+        vlm.answer("street.png", "What color is the star?", token_budget=64).text
+
+    One thread at a time may answer.
+    """
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._loaded = loaded
+        self._family = loaded.family
+        self._decoder = Decoder(
+            model=loaded.family.model,
+            tokenizer=loaded.family.processor.tokenizer,
+            end_ids=loaded.end_ids,
+            visual_inputs=loaded.family.visual_inputs,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        quantization: str | None = None,
+        progress: Progress | None = None,
+    ) -> PrunedVLM:
+        """Load `"prism-demo"`, a checkpoint directory or a hub id; see `loading.load_checkpoint`."""
+        return cls(
+            load_checkpoint(
+                name_or_path,
+                revision=revision,
+                dtype=dtype,
+                device=device,
+                quantization=quantization,
+                progress=progress,
+            )
+        )
+
+    @property
+    def name(self) -> str:
+        return self._loaded.name
+
+    @property
+    def revision(self) -> str | None:
+        """Commit of a checkpoint from the hub, if known."""
+        return self._loaded.revision
+
+    @property
+    def quantization(self) -> str | None:
+        return self._loaded.quantization
+
+    @property
+    def family(self) -> str:
+        return self._family.name
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        return self._family.modalities
+
+    @property
+    def visual_tokens_per_image(self) -> int:
+        """Visual tokens of one picture before pruning."""
+        return self._family.tokens_per_image
+
+    @property
+    def model(self) -> Any:
+        """The transformers model itself."""
+        return self._family.model
+
+    @property
+    def processor(self) -> Any:
+        """The checkpoint's own processor, with tokenizer and chat template."""
+        return self._family.processor
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self._family.model.device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantised."""
+        dtype: torch.dtype = self._family.model.dtype
+        return dtype
+
+    def memory_bytes(self) -> int:
+        """Memory in use now: allocated on CUDA, resident elsewhere."""
+        return memory_bytes(self.device)
+
+    @overload
+    def answer(
+        self, media: Medium | Sequence[Medium], question: str, token_budget: Budget = ..., **options: Any
+    ) -> Answer: ...
+    @overload
+    def answer(
+        self,
+        media: Medium | Sequence[Medium],
+        question: Sequence[str],
+        token_budget: Budget = ...,
+        **options: Any,
+    ) -> list[Answer]: ...
+    def answer(
+        self,
+        media: Medium | Sequence[Medium],
+        question: str | Sequence[str],
+        token_budget: Budget = None,
+        **options: Any,
+    ) -> Answer | list[Answer]:
+        """Answer a question about media, or a list of questions from one encoding of them.
+
+        media: one or several of: a file, its bytes, a Pillow image, a `Picture`, a `Clip`. `token_budget` is
+        of all of them together. `options`: `keep_ratio` (0 to 1] instead of a budget; `method` and
+        `method_options`; and the fields of `GenerationOptions`, such as `max_new_tokens` or `stop`.
+
+        Raises a `PrismError` for what a caller can act on.
+        """
+        request = visual_request(media, question, token_budget, **options)
+        answers = self.answer_batch([request])[0]
+        return answers[0] if isinstance(question, str) else answers
+
+    def stream(
+        self, media: Medium | Sequence[Medium], question: str, token_budget: Budget = None, **options: Any
+    ) -> AnswerStream:
+        """As `answer`, but an iterator over the answer's text as it comes; `.answer` holds it at the end."""
+        request = visual_request(media, question, token_budget, **options)
+        return AnswerStream(self._answers([request], None))
+
+    def answer_batch(
+        self,
+        requests: Sequence[VisualRequest],
+        *,
+        on_token: OnToken | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> list[list[Answer]]:
+        """Answer all questions of all requests in one batch: a list a request, an answer a question.
+
+        Greedy answers do not depend on the neighbours (float32), nor does what a seed draws.
+        """
+        return _run(self._answers(requests, should_stop), on_token) if requests else []
+
+    def encode(
+        self,
+        media: Medium | Sequence[Medium],
+        token_budget: Budget = None,
+        *,
+        keep_ratio: float | None = None,
+        method: str = "prism",
+        method_options: Mapping[str, Any] | None = None,
+    ) -> EncodedMedia:
+        """The visual tokens that stay of `media`, to ask about with `answer_encoded`."""
+        budget = TokenBudget.parse(token_budget, keep_ratio=keep_ratio)
+        request = EncodingRequest(as_media(media), budget, method, method_options or {})
+        return encode(self._family, [request])[0]
+
+    def answer_encoded(
+        self,
+        encoded: EncodedMedia,
+        questions: Sequence[str],
+        generation: GenerationOptions | None = None,
+        *,
+        on_token: OnToken | None = None,
+        should_stop: ShouldStop | None = None,
+    ) -> list[Answer]:
+        """Answer questions about media that were encoded before; the timings are those of then and now."""
+        asked = _Asked(encoded, tuple(questions), generation or GenerationOptions())
+        return _run(self._generate([asked], PeakMemory(self.device), should_stop), on_token)[0]
+
+    def _answers(self, requests: Sequence[VisualRequest], should_stop: ShouldStop | None) -> Answering:
+        memory = PeakMemory(self.device)
+        encoded = encode(self._family, [request.encoding() for request in requests])
+        memory.sample()
+        asked = [
+            _Asked(media, request.questions, request.generation)
+            for media, request in zip(encoded, requests, strict=True)
+        ]
+        return (yield from self._generate(asked, memory, should_stop))
+
+    def _generate(
+        self, asked: Sequence[_Asked], memory: PeakMemory, should_stop: ShouldStop | None
+    ) -> Answering:
+        watch = Stopwatch(self.device)
+        rows = [(place, number) for place, one in enumerate(asked) for number in range(len(one.questions))]
+        prompts = [self._prompt(asked[place], number) for place, number in rows]
+        prompts_ms = watch.lap_ms()
+        generation = self._decoder.generate(
+            prompts,
+            [asked[place].generation for place, _ in rows],
+            None if should_stop is None else lambda row: should_stop(rows[row][0]),
+        )
+        generated = yield from _events(generation, rows, memory)
+        answers: list[list[Answer]] = [[] for _ in asked]
+        for (place, _), outcome in zip(rows, generated, strict=True):
+            answers[place].append(self._answer(asked[place].encoded, outcome, prompts_ms, memory.sample()))
+        return answers
+
+    def _prompt(self, asked: _Asked, number: int) -> Prompt:
+        features = asked.encoded.features
+        kept = [len(tokens) for tokens in features]
+        ids = self._family.prompt_ids(asked.questions[number], asked.generation.system, kept)
+        return Prompt(ids, features)
+
+    def _answer(
+        self, encoded: EncodedMedia, outcome: Generated, prompts_ms: float, peak_bytes: int
+    ) -> Answer:
+        return Answer(
+            text=outcome.text,
+            token_ids=outcome.token_ids,
+            finish_reason=outcome.finish_reason,
+            prompt_tokens=outcome.prompt_tokens,
+            visual_tokens=encoded.visual_tokens,
+            timings=_timings(encoded.timings, outcome, prompts_ms),
+            memory=Memory(str(self.device), peak_bytes, outcome.kv_cache_bytes),
+            warnings=encoded.warnings,
+            token_map=encoded.token_map,
+        )
+
+
+class AnswerStream(Iterator[str]):
+    """The text of one answer, piece by piece. Leaving it early ends the generation."""
+
+    def __init__(self, answering: Answering) -> None:
+        self._answering = answering
+        self._answer: Answer | None = None
+
+    def __next__(self) -> str:
+        try:
+            while not (text := next(self._answering)[2]):
+                continue
+        except StopIteration as end:
+            if end.value is not None:  # it is once only, and never after `close`
+                self._answer = end.value[0][0]
+            raise
+        return text
+
+    def close(self) -> None:
+        """End the generation; there is no `answer` then."""
+        self._answering.close()
+
+    @property
+    def answer(self) -> Answer:
+        """The whole answer; raises `InvalidOptionError` before the text has been read to its end."""
+        if self._answer is None:
+            raise InvalidOptionError("The answer is there once its text has been read to the end.")
+        return self._answer
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """Questions about encoded media."""
+
+    encoded: EncodedMedia
+    questions: tuple[str, ...]
+    generation: GenerationOptions
+
+    def __post_init__(self) -> None:
+        _check_questions(self.questions)
+
+
+def visual_request(
+    media: Medium | Sequence[Medium],
+    question: str | Sequence[str],
+    token_budget: Budget = None,
+    *,
+    keep_ratio: float | None = None,
+    method: str = "prism",
+    method_options: Mapping[str, Any] | None = None,
+    stop: str | Sequence[str] = (),
+    **generation: Any,
+) -> VisualRequest:
+    """The request that `PrunedVLM.answer` makes of its arguments. Decodes media that are files or bytes."""
+    if unknown := sorted(generation.keys() - {option.name for option in fields(GenerationOptions)}):
+        raise InvalidOptionError(f"Unknown options: {', '.join(unknown)}.")
+    return VisualRequest(
+        media=as_media(media),
+        questions=(question,) if isinstance(question, str) else tuple(question),
+        budget=TokenBudget.parse(token_budget, keep_ratio=keep_ratio),
+        method=method,
+        method_options=method_options or {},
+        generation=GenerationOptions(stop=(stop,) if isinstance(stop, str) else tuple(stop), **generation),
+    )
+
+
+def as_media(media: Medium | Sequence[Medium]) -> tuple[Picture | Clip, ...]:
+    """Decode what is not decoded yet; raises what `media.open_media` raises."""
+    if isinstance(media, (str, Path, bytes, Image.Image, Picture, Clip)):
+        return (_decoded(media),)
+    return tuple(_decoded(medium) for medium in media)
+
+
+def _decoded(medium: Medium) -> Picture | Clip:
+    if isinstance(medium, (Picture, Clip)):
+        return medium
+    if isinstance(medium, Image.Image):
+        return as_picture(medium)
+    return open_media(medium)
+
+
+def _check_questions(questions: Sequence[str]) -> None:
+    if not questions:
+        raise InvalidOptionError("A request needs at least one question.")
+
+
+def _events(
+    generation: Generator[TokenEvent, None, list[Generated]],
+    rows: Sequence[tuple[int, int]],
+    memory: PeakMemory,
+) -> Generator[tuple[int, int, str], None, list[Generated]]:
+    """Name each row's events by its request and question, and look at the memory on the way."""
+    while True:
+        try:
+            row, text = next(generation)
+        except StopIteration as end:
+            generated: list[Generated] = end.value
+            return generated
+        memory.sample()
+        yield *rows[row], text
+
+
+def _run(answering: Answering, on_token: OnToken | None) -> list[list[Answer]]:
+    while True:
+        try:
+            request, question, text = next(answering)
+        except StopIteration as end:
+            answers: list[list[Answer]] = end.value
+            return answers
+        if on_token is not None and text:
+            on_token(request, question, text)
+
+
+def _timings(encoded: Timings, outcome: Generated, prompts_ms: float) -> Timings:
+    """Writing prompts counts as preprocessing; the whole is the sum of its stages, decoding included."""
+    preprocess_ms = encoded.preprocess_ms + prompts_ms
+    encode_ms = encoded.decode_ms + preprocess_ms + encoded.vision_ms + encoded.select_ms
+    first_token_ms = encode_ms + outcome.prefill_ms
+    return replace(
+        encoded,
+        preprocess_ms=preprocess_ms,
+        prefill_ms=outcome.prefill_ms,
+        generate_ms=outcome.generate_ms,
+        time_to_first_token_ms=first_token_ms,
+        total_ms=first_token_ms + outcome.generate_ms,
+    )

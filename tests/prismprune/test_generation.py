@@ -1,0 +1,294 @@
+"""Decoding: each row of a batch by its own rules, and text that is given out once it is sure."""
+
+from __future__ import annotations
+
+import itertools
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prismprune.errors import InvalidOptionError
+from prismprune.generation import (
+    Decoder,
+    Generated,
+    GenerationOptions,
+    Prompt,
+    TextStream,
+    similar_lengths,
+)
+from tests.prismprune.tiny import tiny_tokenizer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Sequence
+
+TOKENIZER = tiny_tokenizer()
+FIRST_BYTE = len(TOKENIZER) - 256
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(TOKENIZER),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.4,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def decoder(model: LlamaForCausalLM, end_ids: Collection[int] = ()) -> Decoder:
+    return Decoder(model, TOKENIZER, frozenset(end_ids), lambda _features: {})
+
+
+def prompt(text: str) -> Prompt:
+    return Prompt(torch.tensor(TOKENIZER(text)["input_ids"]), ())
+
+
+def generate(
+    decoder: Decoder,
+    prompts: list[Prompt],
+    options: list[GenerationOptions],
+    should_stop: Callable[[int], bool] | None = None,
+) -> tuple[list[Generated], list[str]]:
+    """The outcomes, and the text of each row's events."""
+    events, pieces = decoder.generate(prompts, options, should_stop), [""] * len(prompts)
+    while True:
+        try:
+            row, text = next(events)
+        except StopIteration as end:
+            return end.value, pieces
+        pieces[row] += text
+
+
+def alone(
+    model: LlamaForCausalLM, text: str, options: GenerationOptions, end_ids: Collection[int] = ()
+) -> Generated:
+    return generate(decoder(model, end_ids), [prompt(text)], [options])[0][0]
+
+
+TEXTS = [
+    "a",
+    "Of middling length.",
+    "b",
+    "A text that is a good deal longer than every other one of them. " * 2,
+]
+
+
+def test_greedy_rows_are_those_of_transformers(model: LlamaForCausalLM) -> None:
+    """Rows of mixed lengths and limits in one batch: each as `generate` gives it alone."""
+    options = [GenerationOptions(max_new_tokens=limit) for limit in (30, 3, 17, 8)]
+    outcomes, _ = generate(decoder(model), [prompt(text) for text in TEXTS], options)
+    for text, own, outcome in zip(TEXTS, options, outcomes, strict=True):
+        ids = prompt(text).token_ids[None]
+        expected = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=own.max_new_tokens, do_sample=False,
+            eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        assert list(outcome.token_ids) == expected[0, ids.shape[1] :].tolist()
+        assert outcome.finish_reason == "length"
+
+
+def test_seeded_rows_do_not_depend_on_their_neighbours(model: LlamaForCausalLM) -> None:
+    """The same seed draws the same answer in a batch and alone; greedy rows beside it stay greedy."""
+    options = [
+        GenerationOptions(max_new_tokens=12, temperature=1.0, seed=7),
+        GenerationOptions(max_new_tokens=9),
+        GenerationOptions(max_new_tokens=15, temperature=0.7, top_p=0.9, seed=7),
+        GenerationOptions(max_new_tokens=12, temperature=1.0, seed=8),
+    ]
+    outcomes, _ = generate(decoder(model), [prompt(text) for text in TEXTS], options)
+    for text, own, outcome in zip(TEXTS, options, outcomes, strict=True):
+        assert outcome.token_ids == alone(model, text, own).token_ids
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=6))
+def test_rows_of_any_lengths_in_any_order_are_answered_as_alone(
+    model: LlamaForCausalLM, lengths: list[int]
+) -> None:
+    """However the rows are grouped and padded for the prefill, each gets its own first token and cache."""
+    texts = [chr(ord("a") + row) * length for row, length in enumerate(lengths)]
+    options = GenerationOptions(max_new_tokens=4)
+    outcomes, _ = generate(decoder(model), [prompt(text) for text in texts], [options] * len(texts))
+    alone_ids = [alone(model, text, options).token_ids for text in texts]
+    assert [outcome.token_ids for outcome in outcomes] == alone_ids
+
+
+def test_seeds_differ(model: LlamaForCausalLM) -> None:
+    """Another seed, and no seed twice, draw other answers."""
+    seeds = (1, 2, None, None)
+    answers = {
+        alone(model, "x", GenerationOptions(max_new_tokens=20, temperature=1.5, seed=seed)).token_ids
+        for seed in seeds
+    }
+    assert len(answers) == len(seeds)
+
+
+def test_a_tiny_top_p_and_a_tiny_temperature_are_greedy(model: LlamaForCausalLM) -> None:
+    """Both leave the likeliest token only."""
+    greedy = alone(model, "x", GenerationOptions(max_new_tokens=8)).token_ids
+    for options in (
+        GenerationOptions(max_new_tokens=8, temperature=1.0, top_p=1e-6, seed=1),
+        GenerationOptions(max_new_tokens=8, temperature=1e-9, seed=1),
+    ):
+        assert alone(model, "x", options).token_ids == greedy
+
+
+def test_an_end_token_ends_its_row_and_is_not_part_of_the_answer(model: LlamaForCausalLM) -> None:
+    """The row stops before the end token; its neighbours go on."""
+    free = alone(model, "x", GenerationOptions(max_new_tokens=10)).token_ids
+    end = free[4]
+    before = free.index(end)
+    rows, _ = generate(
+        decoder(model, [end]), [prompt("x"), prompt("yy")], [GenerationOptions(max_new_tokens=10)] * 2
+    )
+    assert (rows[0].token_ids, rows[0].finish_reason) == (free[:before], "stop")
+    assert rows[1].token_ids == alone(model, "yy", GenerationOptions(max_new_tokens=10), [end]).token_ids
+
+
+def test_the_cache_is_counted_without_padding_and_without_neighbours(model: LlamaForCausalLM) -> None:
+    """2 (keys, values) x 2 layers x 2 heads x 8 x 4 bytes a token: the prompt's and those fed back."""
+    options = [GenerationOptions(max_new_tokens=limit) for limit in (1, 5)]
+    outcomes, _ = generate(decoder(model), [prompt("abc"), prompt("a" * 40)], options)
+    token_bytes = 2 * 2 * 2 * 8 * 4
+    assert [outcome.kv_cache_bytes for outcome in outcomes] == [3 * token_bytes, (40 + 4) * token_bytes]
+
+
+def test_a_canceled_row_keeps_what_it_has_and_the_others_go_on(model: LlamaForCausalLM) -> None:
+    """`should_stop` is asked before each token of a row, and ends only that row."""
+    asked = itertools.count()
+    outcomes, _ = generate(
+        decoder(model),
+        [prompt("x"), prompt("yy")],
+        [GenerationOptions(max_new_tokens=6)] * 2,
+        lambda row: row == 0 and next(asked) == 3,
+    )
+    assert [(len(outcome.token_ids), outcome.finish_reason) for outcome in outcomes] == [
+        (3, "canceled"),
+        (6, "length"),
+    ]
+    assert outcomes[1].token_ids == alone(model, "yy", GenerationOptions(max_new_tokens=6)).token_ids
+
+
+def test_a_row_can_be_canceled_before_its_first_token(model: LlamaForCausalLM) -> None:
+    """Then it has no text."""
+    outcomes, _ = generate(decoder(model), [prompt("x")], [GenerationOptions()], lambda _row: True)
+    assert (outcomes[0].text, outcomes[0].token_ids, outcomes[0].finish_reason) == ("", (), "canceled")
+
+
+def test_a_stop_string_ends_the_text_before_it(model: LlamaForCausalLM) -> None:
+    """The text ends where the stop string begins, also when it spans tokens; no piece shows its start."""
+    free = alone(model, "x", GenerationOptions(max_new_tokens=30, temperature=1.0, seed=3))
+    middle = len(free.text) // 2
+    stop = free.text[middle : middle + 2]
+    options = GenerationOptions(max_new_tokens=30, temperature=1.0, seed=3, stop=("never", stop))
+    outcomes, pieces = generate(decoder(model), [prompt("x")], [options])
+    assert outcomes[0].text == pieces[0] == free.text[: free.text.index(stop)].strip()
+    assert outcomes[0].finish_reason == "stop"
+
+
+def test_leaving_the_generator_ends_the_generation(model: LlamaForCausalLM) -> None:
+    """Nothing is computed for whoever stopped listening."""
+    steps = []
+    hook = model.register_forward_hook(lambda *_: steps.append(1))
+    events = decoder(model).generate([prompt("x")], [GenerationOptions(max_new_tokens=50)])
+    next(events)
+    events.close()
+    hook.remove()
+    assert len(steps) == 1
+
+
+def test_the_callers_gradient_mode_is_left_alone(model: LlamaForCausalLM) -> None:
+    """Between two tokens the caller is not inside inference mode."""
+    events = decoder(model).generate([prompt("x")], [GenerationOptions(max_new_tokens=2)])
+    next(events)
+    assert not torch.is_inference_mode_enabled()
+
+
+def stream(data: str | list[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
+    """Push `data` byte by byte; the pieces, and the stream. Every byte is a token."""
+    text, ids, pieces = TextStream(TOKENIZER, stop), [], []
+    for token in TOKENIZER(data)["input_ids"] if isinstance(data, str) else data:
+        ids.append(token)
+        pieces.append(text.push(ids))
+        if text.stopped:
+            return pieces, text
+    return [*pieces, text.end(ids)], text
+
+
+@given(st.text(max_size=30))
+def test_pieces_add_up_to_the_text(data: str) -> None:
+    """Whole characters only, and without white space at either end."""
+    pieces, text = stream(data.replace("\r", ""))
+    assert "".join(pieces) == text.given
+    whole = TOKENIZER.decode(TOKENIZER(data.replace("\r", ""))["input_ids"], skip_special_tokens=True)
+    assert text.given == whole.strip()
+
+
+@given(st.lists(st.integers(FIRST_BYTE, FIRST_BYTE + 255), max_size=40))
+def test_pieces_of_broken_characters_add_up_too(ids: list[int]) -> None:
+    """Bytes that are no UTF-8, as a random model writes them, still give what decoding all of them gives."""
+    pieces, text = stream(ids)
+    assert "".join(pieces) == text.given == TOKENIZER.decode(ids, skip_special_tokens=True).strip()
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_nothing_of_a_stop_string_is_ever_given_out(data: str, stops: list[str]) -> None:
+    """The text ends before the first stop string to be complete, wherever its pieces were cut."""
+    pieces, text = stream(data, stops)
+    ends = [data.index(stop) + len(stop) for stop in stops if stop in data]
+    if not ends:
+        assert not text.stopped
+        assert "".join(pieces) == data
+        return
+    cut = data[: min(ends)]
+    assert "".join(pieces) == text.given == cut[: min(cut.index(stop) for stop in stops if stop in cut)]
+
+
+def test_a_character_is_given_once_it_is_whole() -> None:
+    """The first bytes of a euro sign give nothing, its last the sign."""
+    pieces, _ = stream("a€b")
+    assert pieces == ["a", "", "", "€", "b", ""]
+
+
+def test_a_stop_string_of_white_space_counts_at_the_start() -> None:
+    """Leading white space is not given out, but it can end an answer."""
+    pieces, text = stream("\nrest", ["\n"])
+    assert (pieces, text.stopped) == ([""], True)
+
+
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=20))
+def test_rows_of_a_group_are_of_similar_length(lengths: list[int]) -> None:
+    """Every row is in one group, and no group pads a row to more than a third above its length."""
+    groups = similar_lengths(lengths)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        own = [lengths[row] for row in group]
+        assert min(own) >= 0.75 * max(own)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"stop": ("",)},
+        {"seed": 2**63},
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
+    """Each with an error that a caller can act on."""
+    with pytest.raises(InvalidOptionError):
+        GenerationOptions(**options)
