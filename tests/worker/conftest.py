@@ -1,0 +1,135 @@
+"""A broker's view of jobs, a media store with a picture in it, and a model that answers without weights."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+from obstore.store import from_url
+from PIL import Image
+
+from prismprune.results import Answer, Memory, PartMap, Timings, VisualTokens
+from worker.contract import AnswerJob, JobState, MediaRef, job_key, media_path
+from worker.jobs import Jobs, connect
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from redis import Redis
+
+    from prismprune import VisualRequest
+
+
+class Scripted:
+    """Answers each question with itself. A question may ask for more: see `_say`.
+
+    `gate` holds every batch until it is set; `batches` lists the questions of each call.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.entered = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def answer_batch(
+        self, requests: Sequence[VisualRequest], *, should_stop: Callable[[int], bool] | None = None
+    ) -> list[list[Answer]]:
+        self.batches.append([question for request in requests for question in request.questions])
+        self.entered.set()
+        assert self.gate.wait(30)
+        return [
+            [self._say(question, index, should_stop) for question in request.questions]
+            for index, request in enumerate(requests)
+        ]
+
+    def _say(self, question: str, index: int, should_stop: Callable[[int], bool] | None) -> Answer:
+        if question.startswith("raise"):
+            raise RuntimeError(question)
+        if question == "exit":
+            raise SystemExit(3)
+        if question == "for ever":
+            while not (should_stop and should_stop(index)):
+                time.sleep(0.001)
+            return answer(question, finish_reason="canceled")
+        return answer(question)
+
+
+def answer(text: str, **changes: Any) -> Answer:
+    """An answer about one picture of 576 tokens, 64 of them kept."""
+    fields: dict[str, Any] = {
+        "text": text,
+        "token_ids": (5, 6),
+        "finish_reason": "stop",
+        "prompt_tokens": 80,
+        "visual_tokens": VisualTokens(576, 64, 32, 32, 64, "prism"),
+        "timings": Timings(
+            decode_ms=1, vision_ms=40, prefill_ms=80, generate_ms=20, time_to_first_token_ms=130
+        ),
+        "memory": Memory("cpu", peak_bytes=3 * 2**28, kv_cache_bytes=1000),
+        "token_map": (PartMap(0, None, None, None, (24, 24), (0, 0, 8, 8), (1, 2), (7,), (1, 2, 7)),),
+    }
+    return Answer(**(fields | changes))
+
+
+@pytest.fixture
+def redis(broker_url: str) -> Iterator[Redis]:
+    """A client of the test's broker."""
+    with connect(broker_url) as client:
+        yield client
+
+
+@pytest.fixture
+def jobs(redis: Redis) -> Jobs:
+    """Job state with leases that a test never outlives."""
+    return Jobs(redis, lease_s=60, max_attempts=3)
+
+
+@pytest.fixture
+def media_url(tmp_path: Path) -> str:
+    """An empty media store on disk."""
+    (tmp_path / "media").mkdir()
+    return (tmp_path / "media").as_uri()
+
+
+@pytest.fixture
+def picture(media_url: str) -> MediaRef:
+    """A red picture in the store, as the front end puts it there."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 24), "red").save(buffer, "PNG")
+    return stored(media_url, buffer.getvalue())
+
+
+def stored(media_url: str, data: bytes) -> MediaRef:
+    """Writes `data` as the front end does; returns what a job refers to."""
+    media_id = hashlib.sha256(data).hexdigest()
+    from_url(media_url).put(media_path(media_id), data)
+    return MediaRef(id=media_id, media_type="image/png", modality="image", size_bytes=len(data))
+
+
+@pytest.fixture
+def make_job(redis: Redis, picture: MediaRef) -> Callable[..., AnswerJob]:
+    """Makes a job and its hash in Redis, as the front end does before it enqueues."""
+
+    def make(question: str = "What is this?", **fields: Any) -> AnswerJob:
+        now = time.time()
+        defaults: dict[str, Any] = {
+            "id": f"job_{uuid4().hex}",
+            "request_id": "req_1",
+            "model": "tiny",
+            "questions": (question,),
+            "media": (picture,),
+            "created_at": now,
+            "deadline_at": now + 60,
+        }
+        job = AnswerJob(**(defaults | fields))
+        redis.hset(job_key(job.id), mapping={"state": JobState.QUEUED, "created_at": job.created_at})
+        return job
+
+    return make

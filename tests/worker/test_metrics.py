@@ -1,0 +1,93 @@
+"""What a worker measures, and how it is read."""
+
+from __future__ import annotations
+
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
+
+from prismprune.results import Memory
+from tests.worker.conftest import answer
+from worker.answering import answer_result
+from worker.contract import JobState
+from worker.engine import Answered
+from worker.metrics import WorkerMetrics
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from worker.contract import AnswerJob, AnswerResult
+
+    MakeJob = Callable[..., AnswerJob]
+
+
+def result_of(job: AnswerJob, **changes: Any) -> AnswerResult:
+    """The result of one answer that did not wait."""
+    now = time.monotonic()
+    return answer_result(job, Answered([answer("red", **changes)], 0, now), queued_s=0, claimed_at=now)
+
+
+def sample(metrics: WorkerMetrics, name: str, **labels: str) -> float | None:
+    """One value, of the model that the tests serve."""
+    return metrics.registry.get_sample_value(f"prismprune_{name}", {"model": "tiny", **labels})
+
+
+def test_an_answer_is_observed_in_every_histogram(make_job: MakeJob) -> None:
+    """Latency, stages, first token, tokens before and after, memory: one observation each, in base units."""
+    metrics = WorkerMetrics("tiny")
+    metrics.finished("image", JobState.SUCCEEDED, 0.25, result_of(make_job()))
+    latency = {"modality": "image", "outcome": "succeeded"}
+    assert sample(metrics, "request_latency_seconds_sum", **latency) == 0.25
+    assert sample(metrics, "requests_total", **latency) == 1
+    assert sample(metrics, "stage_seconds_sum", stage="prefill") == 0.08
+    assert sample(metrics, "time_to_first_token_seconds_count") == 1
+    assert sample(metrics, "visual_tokens_original_sum", modality="image") == 576
+    assert sample(metrics, "visual_tokens_kept_sum", modality="image", method="prism") == 64
+    assert sample(metrics, "device_memory_peak_bytes_sum", device="cpu") == 3 * 2**28
+    assert sample(metrics, "cuda_memory_peak_bytes_count", device="cpu") is None
+    assert sample(metrics, "generated_tokens_total") == 2
+
+
+def test_a_failure_has_a_latency_and_nothing_else() -> None:
+    """No stage, token or memory of a request without a result."""
+    metrics = WorkerMetrics("tiny")
+    metrics.finished("video", JobState.FAILED, 1.5, None)
+    labels = {"modality": "video", "outcome": "failed"}
+    assert sample(metrics, "request_latency_seconds_count", **labels) == 1
+    assert sample(metrics, "time_to_first_token_seconds_count") is None
+    assert sample(metrics, "stage_seconds_count", stage="queue") is None
+
+
+def test_cuda_memory_has_its_own_histogram(make_job: MakeJob) -> None:
+    """A request on a CUDA device is observed in both."""
+    metrics = WorkerMetrics("tiny")
+    result = result_of(make_job(), memory=Memory("cuda:0", peak_bytes=2**30, kv_cache_bytes=1))
+    metrics.finished("image", JobState.SUCCEEDED, 0.25, result)
+    assert sample(metrics, "device_memory_peak_bytes_sum", device="cuda:0") == 2**30
+    assert sample(metrics, "cuda_memory_peak_bytes_sum", device="cuda:0") == 2**30
+
+
+def test_a_scrape_shows_what_is_served_and_what_runs() -> None:
+    """Over HTTP while the block lasts; the gauges are asked at the scrape."""
+    metrics = WorkerMetrics("tiny")
+    metrics.describe(family="llava", quantization=None, revision="abc")
+    metrics.watch("cpu", memory_bytes=lambda: 123, jobs_running=lambda: 2)
+    metrics.batch(3)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with metrics.serving("127.0.0.1", port), urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    assert (
+        'prismprune_model_info{family="llava",model="tiny",quantization="none",revision="abc"} 1.0' in lines
+    )
+    assert 'prismprune_jobs_running{model="tiny"} 2.0' in lines
+    assert 'prismprune_device_memory_allocated_bytes{device="cpu",model="tiny"} 123.0' in lines
+    assert 'prismprune_batch_size_sum{model="tiny"} 3.0' in lines
+    assert not any("python_" in line or "process_" in line for line in lines)
+
+
+def test_port_0_serves_nothing() -> None:
+    """A worker can do without the page."""
+    with WorkerMetrics("tiny").serving("127.0.0.1", 0):
+        pass

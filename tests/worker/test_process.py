@@ -1,0 +1,164 @@
+"""A real worker process: `python -m worker` on a real broker, with a tiny random LLaVA."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.request import urlopen
+
+from celery import Celery
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.prismprune.tiny import PATCHES, save_tiny_llava
+from worker import process
+from worker.contract import (
+    TASK_ANSWER,
+    WORKERS_KEY,
+    AnswerJob,
+    AnswerResult,
+    Generation,
+    JobEvent,
+    JobState,
+    WorkerStatus,
+    events_channel,
+    job_key,
+    queue_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import pytest
+    from redis import Redis
+
+    MakeJob = Callable[..., AnswerJob]
+
+
+@contextmanager
+def worker_process(**settings: object) -> Iterator[subprocess.Popen[str]]:
+    """`python -m worker` with these settings; ended with the block, one way or the other."""
+    environment = os.environ | {f"PRISM_{name.upper()}": str(value) for name, value in settings.items()}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "worker"]
+    running = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    try:
+        yield running
+    finally:
+        running.kill()
+        running.communicate()
+
+
+def until(look: Callable[[], Any], running: subprocess.Popen[str]) -> Any:
+    """What `look` finds at last; fails when the process ends."""
+    while (found := look()) is None:
+        assert running.poll() is None, running.stderr.read() if running.stderr else ""
+        time.sleep(0.02)
+    return found
+
+
+def warm_status(redis: Redis) -> WorkerStatus | None:
+    """The one worker's status, once it is warm."""
+    statuses = [WorkerStatus.model_validate_json(text) for text in redis.hvals(WORKERS_KEY)]
+    return next((status for status in statuses if status.warm), None)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
+
+
+def enqueue(broker_url: str, job: AnswerJob) -> None:
+    """Sends the job as the front end does, which knows the contract and no more."""
+    with Celery(broker=broker_url, set_as_current=False) as front_end:
+        front_end.send_task(
+            TASK_ANSWER,
+            args=(job.model_dump(mode="json"),),
+            task_id=job.id,
+            queue=queue_name(job.model),
+            argsrepr="()",
+            ignore_result=True,
+        )
+
+
+def scrape(port: int) -> dict[str, float]:
+    """Sums and counts by name, over all labels."""
+    with urlopen(f"http://127.0.0.1:{port}/metrics") as response:
+        families = list(text_string_to_metric_families(response.read().decode()))
+    values: dict[str, float] = {}
+    for sample in (sample for family in families for sample in family.samples):
+        values[sample.name] = values.get(sample.name, 0) + sample.value
+    return values
+
+
+def test_a_worker_answers_measures_and_finishes_before_it_leaves(
+    broker_url: str, redis: Redis, media_url: str, make_job: MakeJob, tmp_path: Path
+) -> None:
+    """Queued, running, succeeded; seen in the metrics; a job that runs at SIGTERM still gets its answer."""
+    model = str(save_tiny_llava(tmp_path / "tiny"))
+    port = free_port()
+    told = {"broker_url": broker_url, "media_url": media_url, "model": model, "worker_metrics_port": port}
+    with worker_process(**told) as running, redis.pubsub(ignore_subscribe_messages=True) as listener:
+        status = until(lambda: warm_status(redis), running)
+        assert (status.family, status.device, status.default_token_budget) == ("llava", "cpu", 64)
+
+        job = make_job(model=model, token_budget=8, generation=Generation(max_new_tokens=4))
+        listener.subscribe(events_channel(job.id))
+        enqueue(broker_url, job)
+        events: list[JobState] = []
+        while len(events) < 2:
+            message = until(lambda: listener.get_message(timeout=1), running)
+            events.append(JobEvent.model_validate_json(message["data"]).state)
+        assert events == [JobState.RUNNING, JobState.SUCCEEDED]
+        result = AnswerResult.model_validate_json(redis.hget(job_key(job.id), "result"))
+        assert (result.visual_tokens.original, result.visual_tokens.kept) == (PATCHES, 8)
+        assert result.usage is not None
+        assert result.usage.completion_tokens <= 4
+
+        seen = scrape(port)
+        assert seen["prismprune_request_latency_seconds_count"] == 1
+        assert seen["prismprune_visual_tokens_kept_sum"] == 8
+        assert seen["prismprune_device_memory_peak_bytes_sum"] == result.memory.peak_bytes
+        assert seen["prismprune_device_memory_allocated_bytes"] > 0
+
+        last = make_job(model=model, generation=Generation(max_new_tokens=200))
+        enqueue(broker_url, last)
+        until(lambda: redis.hget(job_key(last.id), "state") != JobState.QUEUED or None, running)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(30) == 0
+        assert redis.hget(job_key(last.id), "state") == JobState.SUCCEEDED
+        assert redis.zcard("unacked_index") == redis.llen(queue_name(model)) == 0
+        assert not redis.exists(WORKERS_KEY)
+
+
+def test_a_worker_without_its_model_says_so_and_leaves(
+    broker_url: str, redis: Redis, media_url: str, tmp_path: Path
+) -> None:
+    """One line, exit code 1, and no worker in the list."""
+    told = {"broker_url": broker_url, "media_url": media_url, "model": tmp_path, "worker_metrics_port": 0}
+    with worker_process(**told) as running:
+        _, log = running.communicate(timeout=60)
+    assert running.returncode == 1
+    assert f"{tmp_path} cannot be served: " in log
+    assert "Traceback" not in log
+    assert not redis.exists(WORKERS_KEY)
+
+
+def test_a_dead_engine_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At once and with a code of its own; the log has the kind of error and not what it quotes."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    process._die(SystemExit("secret"))
+    assert codes == [process.EX_ENGINE_DIED]
+    assert "SystemExit" in caplog.text
+    assert "secret" not in caplog.text

@@ -1,0 +1,45 @@
+"""What a worker can be told by its environment."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from worker.app import create_app
+from worker.contract import TASK_ANSWER
+from worker.settings import WorkerSettings
+
+
+@pytest.mark.parametrize(("said", "meant"), [("128", 128), ("all", "all"), ("", 64)])
+def test_the_default_budget_is_a_number_or_all(
+    monkeypatch: pytest.MonkeyPatch, said: str, meant: int | str
+) -> None:
+    """An empty variable is one that is not set."""
+    monkeypatch.setenv("PRISM_DEFAULT_TOKEN_BUDGET", said)
+    assert WorkerSettings(media_url="memory://").default_token_budget == meant
+
+
+@pytest.mark.parametrize("said", ["0", "-1", "many", "16385"])
+def test_a_budget_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    """At start, not at the first request."""
+    monkeypatch.setenv("PRISM_DEFAULT_TOKEN_BUDGET", said)
+    with pytest.raises(ValidationError):
+        WorkerSettings(media_url="memory://")
+
+
+def test_a_lease_must_outlive_a_heartbeat() -> None:
+    """Else a worker would lose its own jobs."""
+    with pytest.raises(ValidationError, match="PRISM_LEASE_S"):
+        WorkerSettings(media_url="memory://", heartbeat_s=30, lease_s=20)
+
+
+def test_a_job_is_acknowledged_when_it_has_ended_and_none_is_hoarded() -> None:
+    """What keeps a job from being lost with its worker, and from waiting at a busy one."""
+    settings = WorkerSettings(media_url="memory://", model="hub/model", visibility_timeout_s=99)
+    app = create_app(settings, lambda _id, _payload: None)
+    assert TASK_ANSWER in app.tasks
+    assert app.conf.task_default_queue == "prism.hub-model"
+    assert app.conf.task_acks_late
+    assert app.conf.worker_disable_prefetch
+    assert app.conf.worker_prefetch_multiplier == 1
+    assert app.conf.broker_transport_options["visibility_timeout"] == 99

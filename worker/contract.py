@@ -1,0 +1,237 @@
+"""What may cross the queue: job in, event out, result out, and the names both sides must agree on.
+
+Pydantic only. Media never crosses: a job carries references into the media store.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TASK_ANSWER = "prismprune.answer"
+WORKERS_KEY = "prism:workers"
+"""Redis hash: worker id to `WorkerStatus` as JSON; a worker counts while `seen_at` is fresh."""
+WORKER_FRESH_S = 15.0
+RESULT_TTL_S = 24 * 3600
+MAX_TOKEN_BUDGET = 16384
+METHODS = ("prism", "saliency", "uniform", "random", "fps")
+
+Modality = Literal["image", "video"]
+Method = Literal["prism", "saliency", "uniform", "random", "fps"]
+
+
+def queue_name(model: str) -> str:
+    """Name of the Celery queue of one model."""
+    return "prism." + re.sub(r"[^A-Za-z0-9._-]+", "-", model)
+
+
+def redis_url(broker_url: str) -> str:
+    """The broker's URL as redis-py writes it; Celery's `redis+socket://` names a unix socket."""
+    return broker_url.replace("redis+socket://", "unix://", 1)
+
+
+def job_key(job_id: str) -> str:
+    """Redis hash of one job.
+
+    Fields: `state`, `created_at`, `started_at` (of the last attempt), `finished_at`, `attempts`, `result`,
+    `error`, and `observed_by`: who counted it in the metrics.
+    """
+    return f"prism:job:{job_id}"
+
+
+def events_channel(job_id: str) -> str:
+    """Redis channel on which the job's `JobEvent`s are published as JSON."""
+    return f"prism:job:{job_id}:events"
+
+
+def media_path(media_id: str) -> str:
+    """Where the media store keeps the bytes of `media_id`."""
+    return f"media/{media_id}"
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class JobState(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class Problem(Frozen):
+    """An error as it crosses the queue; the front end turns it into RFC 9457 problem details."""
+
+    slug: str
+    status: int
+    title: str
+    detail: str
+
+
+class MediaRef(Frozen):
+    """Content-addressed media in the store. `id` is the SHA-256 of its bytes in hexadecimal."""
+
+    id: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    media_type: str
+    modality: Modality
+    size_bytes: int
+
+
+class PrismOptions(Frozen):
+    """Tuning of `prism`: the salient part of the budget, and the candidate pool's size over K_div."""
+
+    salient_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    pool_factor: Annotated[float, Field(ge=1, le=64)] = 4
+
+
+class FrameSampling(Frozen):
+    """`num_frames` evenly spaced frames of the stretch from `start_s` to `end_s` (None: the end)."""
+
+    num_frames: Annotated[int, Field(ge=1, le=64)] = 8
+    start_s: Annotated[float, Field(ge=0)] = 0
+    end_s: Annotated[float | None, Field(gt=0)] = None
+
+
+class Generation(Frozen):
+    max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+
+
+class AnswerJob(Frozen):
+    """One accepted request. Times are Unix seconds. At most one of the two budget fields is set."""
+
+    id: str
+    request_id: str
+    model: str
+    questions: Annotated[tuple[str, ...], Field(min_length=1, max_length=32)]
+    several: bool = False
+    """True when the caller sent `questions`: the result then has `answers`, also for a list of one."""
+    media: Annotated[tuple[MediaRef, ...], Field(min_length=1, max_length=8)]
+    token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] | Literal["all"] | None = None
+    keep_ratio: Annotated[float | None, Field(gt=0, le=1)] = None
+    method: Method = "prism"
+    prism: PrismOptions = PrismOptions()
+    generation: Generation = Generation()
+    sampling: FrameSampling = FrameSampling()
+    include: tuple[Literal["token_map"], ...] = ()
+    created_at: float
+    deadline_at: float
+
+    @property
+    def modality(self) -> Modality:
+        return self.media[0].modality
+
+
+class PromptTokensDetails(Frozen):
+    image_tokens: int
+    video_tokens: int
+    cached_tokens: int = 0
+
+
+class Usage(Frozen):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+class VisualTokens(Frozen):
+    original: int
+    kept: int
+    salient: int | None
+    diverse: int | None
+    budget: int | None
+    method: str
+    newlines: int = 0
+
+
+class Timings(Frozen):
+    queue_ms: float
+    decode_ms: float
+    preprocess_ms: float
+    vision_ms: float
+    select_ms: float
+    prefill_ms: float
+    generate_ms: float
+    total_ms: float
+    time_to_first_token_ms: float
+
+
+class Memory(Frozen):
+    device: str
+    peak_bytes: int
+    shared_with: int
+    kv_cache_bytes: int
+
+
+class TokenMapPart(Frozen):
+    media: int
+    crop: int | None
+    frame: int | None
+    time_s: float | None
+    grid: tuple[int, int]
+    box: tuple[int, int, int, int]
+    salient: tuple[int, ...] | None
+    diverse: tuple[int, ...] | None
+    kept: tuple[int, ...] | None = None
+    """Only where the method does not tell salient from diverse."""
+
+
+class AnswerItem(Frozen):
+    answer: str
+    finish_reason: str
+    usage: Usage
+
+
+class AnswerResult(Frozen):
+    """The body of a successful `POST /v1/answer`; fields that are None and optional are not in the JSON."""
+
+    id: str
+    model: str
+    answer: str | None = None
+    finish_reason: str | None = None
+    usage: Usage | None = None
+    answers: tuple[AnswerItem, ...] | None = None
+    visual_tokens: VisualTokens
+    timings: Timings
+    memory: Memory
+    warnings: tuple[str, ...] = ()
+    token_map: tuple[TokenMapPart, ...] | None = None
+
+
+class JobEvent(Frozen):
+    """Published on the job's channel at each change of state."""
+
+    state: JobState
+    at: float
+
+
+class WorkerStatus(Frozen):
+    """A worker's heartbeat. `warm` means that a request would be answered now."""
+
+    worker_id: str
+    model: str
+    family: str
+    revision: str | None = None
+    quantization: str | None = None
+    device: str
+    modalities: tuple[Modality, ...]
+    methods: tuple[str, ...]
+    default_token_budget: int | Literal["all"]
+    warm: bool
+    jobs_running: int
+    seen_at: float

@@ -1,0 +1,44 @@
+"""What can go wrong between the queue and the library, and how any error crosses the queue."""
+
+from __future__ import annotations
+
+import traceback
+
+from prismprune.errors import PrismError
+from worker.contract import Problem
+
+
+class DeadlineExceededError(PrismError):
+    """The job's own deadline passed before its answer was complete."""
+
+    slug = "deadline-exceeded"
+    status = 504
+    title = "Deadline exceeded"
+
+
+class DeadLetteredError(PrismError):
+    """Every attempt at the job ended with its worker."""
+
+    slug = "dead-lettered"
+    status = 500
+    title = "Job given up"
+
+
+class MediaNotFoundError(PrismError):
+    """The media store no longer holds what the job refers to."""
+
+    slug = "media-not-found"
+    status = 404
+    title = "Media not found"
+
+
+def problem(error: Exception) -> Problem:
+    """The problem a caller may see; an error that nobody raised on purpose says nothing of itself."""
+    if not isinstance(error, PrismError):
+        error = PrismError("The worker could not answer this request.")
+    return Problem(slug=error.slug, status=error.status, title=error.title, detail=str(error))
+
+
+def without_content(error: BaseException) -> str:
+    """Type and stack for the log. The message is left out: it may quote a question, an answer or a path."""
+    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"
