@@ -1,0 +1,101 @@
+"""The front end as an ASGI application: `uvicorn service.app:create_app --factory`."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+import httpx
+from fastapi_offline import FastAPIOffline
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from service import answer, errors, health, metrics, openapi
+from service.context import Context
+from service.jobs import Jobs
+from service.media import MediaStore, open_store
+from service.metrics import Metrics
+from service.middleware import BodyLimit, HttpMetrics, RequestId
+from service.settings import ServiceSettings
+from service.signals import JobSignals
+from service.workers import Workers
+from worker.contract import redis_url
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from fastapi import FastAPI
+
+CONNECTIONS = 32
+"""To the broker from one process: every use but the shared subscription is a single short command."""
+DESCRIPTION = """Ask about images and videos, with a budget of visual tokens per request.
+
+The examples work as they stand. With a file of your own:
+
+    curl -s localhost:8000/v1/answer \\
+      -F image=@scene.png -F 'question=What color is the star?' -F token_budget=64
+"""
+
+
+def create_app(settings: ServiceSettings | None = None) -> FastAPI:
+    """The application with `settings`, or those of the environment; connects to nothing before it starts."""
+    settings = settings or ServiceSettings()
+    counted = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with _context(settings, counted) as app.state.context:
+            yield
+
+    app = FastAPIOffline(  # FastAPI's own /docs takes its scripts from another host, and is blank without it
+        title="PrismPrune",
+        version=health.VERSION,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        static_url="/docs/static",
+    )
+    app.add_middleware(BodyLimit, settings=settings)  # the last one added is the outermost
+    app.add_middleware(HttpMetrics, metrics=counted)
+    app.add_middleware(RequestId)
+    errors.install(app, settings.problem_base_url)
+    for router in (answer.router, health.router, metrics.router):
+        app.include_router(router)
+    openapi.install(app)
+    return app
+
+
+@asynccontextmanager
+async def _context(settings: ServiceSettings, counted: Metrics) -> AsyncIterator[Context]:
+    """The parts while the process serves: connections are made on use, and closed at the end."""
+    async with _redis(settings) as redis, httpx.AsyncClient(trust_env=False) as http:
+        signals = JobSignals(redis)
+        async with signals.reading():
+            yield Context(
+                settings=settings,
+                metrics=counted,
+                redis=redis,
+                http=http,
+                jobs=Jobs(redis, signals, settings),
+                workers=Workers(redis, settings),
+                media=MediaStore(open_store(settings.media_url), settings),
+            )
+
+
+def _redis(settings: ServiceSettings) -> Redis:
+    """A pool that makes callers wait for a connection, where redis-py's own would refuse the 101st.
+
+    One retry at once, for a pooled connection that a restart of the broker has cut.
+    """
+    pool = BlockingConnectionPool.from_url(
+        redis_url(settings.broker_url),
+        max_connections=CONNECTIONS,
+        timeout=settings.broker_timeout_s,
+        decode_responses=True,
+        socket_timeout=settings.broker_timeout_s,
+        socket_connect_timeout=settings.broker_timeout_s,
+        socket_keepalive=True,
+        retry=Retry(NoBackoff(), 1),
+    )
+    return Redis.from_pool(pool)

@@ -1,0 +1,127 @@
+"""From a request's body, JSON or multipart, to an `AnswerRequest` or an error that names the field."""
+
+from __future__ import annotations
+
+import json
+from contextlib import asynccontextmanager
+from email.message import Message
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from service.errors import (
+    InvalidBudgetError,
+    InvalidRequestError,
+    MalformedBodyError,
+    ServiceError,
+    UnknownMethodError,
+    UnsupportedMediaError,
+)
+from service.schemas import MEDIA_KINDS, AnswerRequest
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from pydantic_core import ErrorDetails
+    from starlette.datastructures import FormData, UploadFile
+    from starlette.requests import Request
+
+MULTIPART = "multipart/form-data"
+MAX_PARTS = 64
+"""More files or fields than any valid request has: the parser gives up there."""
+_LISTS = ("questions", "images", "stop", "include")
+_TEXTS = ("model", "question", "questions", "method", "system", "stop", "include", "image", "images", "video")
+_NAMED_ERRORS: dict[str, type[InvalidRequestError]] = {
+    "token_budget": InvalidBudgetError,
+    "keep_ratio": InvalidBudgetError,
+    "method": UnknownMethodError,
+}
+
+
+def content_type(header: str | None) -> str:
+    """The media type of a Content-Type header in lower case, without its parameters."""
+    message = Message()
+    message["content-type"] = header or "application/octet-stream"
+    return message.get_content_type()
+
+
+@asynccontextmanager
+async def answer_request(request: Request) -> AsyncIterator[AnswerRequest]:
+    """The validated body. Uploaded files stay open, and the body in memory, until the context ends."""
+    kind = content_type(request.headers.get("content-type"))
+    if kind == MULTIPART:
+        async with _form(request) as form:
+            yield _from_form(form)
+    elif kind == "application/json" or kind.endswith("+json"):
+        yield await _from_json(request)
+    else:
+        raise UnsupportedMediaError("Send the body as application/json or multipart/form-data.")
+
+
+async def _from_json(request: Request) -> AnswerRequest:
+    body = bytearray()
+    async for chunk in request.stream():  # `request.body()` would keep it for as long as the caller waits
+        body += chunk
+    try:
+        return AnswerRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+@asynccontextmanager
+async def _form(request: Request) -> AsyncIterator[FormData]:
+    try:
+        form = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS)
+    except HTTPException:
+        raise MalformedBodyError(
+            f"The body is not valid {MULTIPART}, has more than {MAX_PARTS} parts, or a text field over 1 MiB."
+        ) from None
+    try:
+        yield form
+    finally:
+        await form.close()
+
+
+def _from_form(form: FormData) -> AnswerRequest:
+    fields: dict[str, Any] = {}
+    for name in form:
+        values = tuple(_form_value(name, value) for value in form.getlist(name) if value != "")
+        if name == "image" and len(values) > 1:
+            fields["images"] = values + fields.get("images", ())
+        elif name in _LISTS:
+            fields[name] = fields.get(name, ()) + values
+        elif len(values) > 1:
+            raise InvalidRequestError(f"{name[:64]}: is given more than once")
+        elif values:
+            fields[name] = values[0]
+    try:
+        return AnswerRequest.model_validate(fields)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _form_value(name: str, value: str | UploadFile) -> Any:
+    """Text as it stands; a number, true, null or an object from its JSON; else, as with "all", the text."""
+    if name in _TEXTS or not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _refusal(error: ValidationError) -> ServiceError:
+    details = error.errors(include_url=False, include_input=False)
+    first = details[0]
+    if first["type"] == "json_invalid":
+        return MalformedBodyError(f"The body is not valid JSON: {first['ctx']['error']}.")
+    name = str(first["loc"][0]) if first["loc"] else first["type"]
+    return _NAMED_ERRORS.get(name, InvalidRequestError)("; ".join(map(_readable, details[:3])))
+
+
+def _readable(detail: ErrorDetails) -> str:
+    """`sampling.num_frames: Input should be ...`."""
+    message = "is not a known field" if detail["type"] == "extra_forbidden" else detail["msg"]
+    path = ".".join(str(part)[:64] for part in detail["loc"] if part not in MEDIA_KINDS)
+    return f"{path}: {message}" if path else message

@@ -1,0 +1,55 @@
+"""Requests that `/docs` shows. They work as they stand: the picture is a red star beside a blue square."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+
+def _scene() -> str:
+    """A small PNG as a data URI."""
+    image = Image.new("P", (112, 112), 0)
+    image.putpalette((245, 245, 240, 214, 39, 40, 31, 90, 180))
+    draw = ImageDraw.Draw(image)
+    radii = (26, 10) * 5
+    corners = [
+        (40 + radius * math.sin(math.pi * step / 5), 42 - radius * math.cos(math.pi * step / 5))
+        for step, radius in enumerate(radii)
+    ]
+    draw.polygon(corners, fill=1)
+    draw.rectangle((70, 68, 98, 96), fill=2)
+    png = io.BytesIO()
+    image.save(png, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
+
+
+def answer_examples() -> dict[str, Any]:
+    """OpenAPI examples of `POST /v1/answer` as JSON."""
+    scene = _scene()
+    return {
+        "one question": {
+            "summary": "A picture, a question, a budget",
+            "value": {"image": scene, "question": "What color is the star?", "token_budget": 64},
+        },
+        "several questions": {
+            "summary": "Several answers for one encoding, with the map of the tokens kept",
+            "value": {
+                "image": scene,
+                "questions": [
+                    "What color is the star?",
+                    "What color is the square?",
+                    "How many objects are there?",
+                ],
+                "keep_ratio": 0.2,
+                "include": ["token_map"],
+            },
+        },
+        "several pictures": {
+            "summary": "One budget for several pictures",
+            "value": {"images": [scene, scene], "question": "What color is the star?", "token_budget": 128},
+        },
+    }

@@ -1,0 +1,60 @@
+"""Is it alive, does it accept, would it answer; and which build it is."""
+
+from __future__ import annotations
+
+import platform
+from http import HTTPStatus
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse
+
+from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
+from service.errors import BrokerAwayError
+
+if TYPE_CHECKING:
+    from service.context import Context
+
+VERSION = version("prismprune")
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez", summary="The process lives")
+async def livez() -> dict[str, str]:
+    """200 as long as the event loop turns."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz", summary="It accepts requests")
+async def readyz() -> dict[str, str]:
+    """200 once started, whatever broker and worker do: a probe must not take every front end away."""
+    return {"status": "ok"}
+
+
+@router.get("/healthz", summary="A question would be answered now")
+async def healthz(here: Here) -> JSONResponse:
+    """200 only when the broker answers and a worker for the default model is warm, else 503."""
+    parts = await _parts(here)
+    healthy = parts["worker"]["state"] == "warm"
+    return JSONResponse(
+        {"status": "ok" if healthy else "unavailable", **parts},
+        status_code=HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE,
+    )
+
+
+async def _parts(here: Context) -> dict[str, dict[str, Any]]:
+    model = here.settings.model
+    try:
+        seen = [status for status in await here.workers.fresh() if status.model == model]
+    except BrokerAwayError:
+        return {"broker": {"state": "away"}, "worker": {"state": "unknown", "model": model}}
+    warm = sum(status.warm for status in seen)
+    state = "warm" if warm else "warming" if seen else "absent"
+    worker = {"state": state, "model": model, "warm": warm, "seen": len(seen)}
+    return {"broker": {"state": "up"}, "worker": worker}
+
+
+@router.get("/version", summary="The build")
+async def build(here: Here) -> dict[str, str | None]:
+    return {"version": VERSION, "revision": here.settings.build_revision, "python": platform.python_version()}

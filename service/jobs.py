@@ -1,0 +1,210 @@
+"""Jobs as the front end sees them: handed to the queue, waited for without blocking the loop, read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from anyio import CapacityLimiter, to_thread
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from service.errors import BrokerAwayError, JobEndedError
+from worker.contract import (
+    RESULT_TTL_S,
+    TASK_ANSWER,
+    JobState,
+    Problem,
+    job_key,
+    queue_name,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Mapping
+
+    from redis.asyncio import Redis
+
+    from service.settings import ServiceSettings
+    from service.signals import JobSignals
+    from worker.contract import AnswerJob
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 5.0
+"""A waiter looks this often even if nothing wakes it: a half-open connection delivers no message."""
+PUBLISHERS = 8
+
+_ENDED_WITHOUT_ERROR = {
+    JobState.FAILED: Problem(
+        slug="internal-error", status=500, title="Internal error", detail="The job failed without saying why."
+    ),
+    JobState.CANCELED: Problem(
+        slug="job-canceled", status=409, title="Job canceled", detail="The job was canceled."
+    ),
+    JobState.EXPIRED: Problem(
+        slug="deadline-exceeded",
+        status=504,
+        title="Deadline exceeded",
+        detail="The job's own deadline passed.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class JobRecord:
+    """The job's hash, parsed. Times are Unix seconds."""
+
+    id: str
+    request_id: str
+    state: JobState
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    attempts: int
+    result: dict[str, Any] | None
+    error: Problem | None
+
+    @classmethod
+    def parse(cls, job_id: str, fields: Mapping[str, str]) -> JobRecord:
+        state = JobState(fields["state"])
+        return cls(
+            id=job_id,
+            request_id=fields.get("request_id", ""),
+            state=state,
+            created_at=float(fields["created_at"]),
+            started_at=_time(fields, "started_at"),
+            finished_at=_time(fields, "finished_at"),
+            attempts=int(fields.get("attempts", 0)),
+            result=_without_absent(json.loads(fields["result"])) if "result" in fields else None,
+            error=Problem.model_validate_json(fields["error"])
+            if "error" in fields
+            else _ENDED_WITHOUT_ERROR.get(state),
+        )
+
+    def outcome(self) -> dict[str, Any]:
+        """The result of a succeeded job; raises `JobEndedError` for every other end."""
+        if self.result is not None:
+            return self.result
+        raise JobEndedError(self.error or _ENDED_WITHOUT_ERROR[JobState.FAILED])
+
+
+def _time(fields: Mapping[str, str], name: str) -> float | None:
+    return float(fields[name]) if name in fields else None
+
+
+def _without_absent(result: dict[str, Any]) -> dict[str, Any]:
+    """Leaves out what this answer does not have: `answers` beside `answer`, a map nobody asked for."""
+    for part in result.get("token_map") or ():
+        if part.get("kept") is None:
+            part.pop("kept", None)
+    return {name: value for name, value in result.items() if value is not None}
+
+
+@asynccontextmanager
+async def broker_within(seconds: float) -> AsyncIterator[None]:
+    """Turns a broker that refuses, breaks off or stays silent for `seconds` into `BrokerAwayError`."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except (RedisError, OperationalError, OSError) as error:  # TimeoutError is an OSError
+        raise BrokerAwayError("The broker does not answer; try again.") from error
+
+
+def producer(broker_url: str, timeout_s: float) -> Celery:
+    """A Celery application that can only send: one retry, for a pooled connection that a restart has cut."""
+    app = Celery("prismprune-service", broker=broker_url, set_as_current=False)
+    app.conf.update(
+        task_ignore_result=True,
+        broker_connection_timeout=timeout_s,
+        broker_pool_limit=PUBLISHERS,
+        broker_transport_options={
+            "socket_timeout": timeout_s,
+            "socket_connect_timeout": timeout_s,
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0,
+        },
+        task_publish_retry_policy={"max_retries": 1, "interval_start": 0, "interval_step": 0},
+    )
+    return app
+
+
+class Jobs:
+    """The jobs of one broker."""
+
+    def __init__(self, redis: Redis, signals: JobSignals, settings: ServiceSettings) -> None:
+        self._redis = redis
+        self._signals = signals
+        self._timeout_s = settings.broker_timeout_s
+        self._producer = producer(settings.broker_url, settings.broker_timeout_s)
+        self._publishers = CapacityLimiter(PUBLISHERS)
+
+    async def submit(self, job: AnswerJob) -> JobRecord:
+        """Creates the job's state, then enqueues it. Raises `BrokerAwayError`: then it is not accepted."""
+        fields: dict[Any, Any] = {
+            "state": JobState.QUEUED.value,
+            "created_at": repr(job.created_at),
+            "request_id": job.request_id,
+        }
+        ttl_s = RESULT_TTL_S + int(job.deadline_at - job.created_at)
+        async with broker_within(self._timeout_s):
+            async with self._redis.pipeline(transaction=True) as pipe:
+                pipe.hset(job_key(job.id), mapping=fields)
+                pipe.expire(job_key(job.id), ttl_s)
+                await pipe.execute()
+            await to_thread.run_sync(self._enqueue, job, abandon_on_cancel=True, limiter=self._publishers)
+        return JobRecord.parse(job.id, fields)
+
+    def _enqueue(self, job: AnswerJob) -> None:
+        self._producer.send_task(
+            TASK_ANSWER,
+            args=[job.model_dump(mode="json")],
+            task_id=job.id,
+            queue=queue_name(job.model),
+            argsrepr="(...)",  # Celery would put the question into headers, which workers log
+        )
+
+    async def read(self, job_id: str) -> JobRecord | None:
+        """The job as it stands, None if there is none. Raises `BrokerAwayError`."""
+        async with broker_within(self._timeout_s):
+            fields: dict[str, str] = await self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]  # decoded
+        return JobRecord.parse(job_id, fields) if fields else None
+
+    async def run(self, job: AnswerJob, timeout_s: float) -> JobRecord:
+        """Submits `job` and waits until it ends or `timeout_s` have passed; the record tells which.
+
+        Raises `BrokerAwayError` if the job was not accepted; from then on nothing.
+        """
+        if timeout_s == 0:
+            return await self.submit(job)
+        wait_until = time.monotonic() + timeout_s
+        async with self._signals.of(job.id) as changed:
+            record = await self.submit(job)
+            while not record.state.terminal and (left := wait_until - time.monotonic()) > 0:
+                await _wait(changed, min(left, LOOK_AGAIN_S))
+                changed.clear()
+                record = await self._look(record)
+        return record
+
+    async def _look(self, last: JobRecord) -> JobRecord:
+        """The job as it stands, or as it last stood: it was accepted, and outlasts a broker that is away."""
+        try:
+            return await self.read(last.id) or last
+        except BrokerAwayError:
+            logger.warning("broker away while job %s is waited for", last.id)
+            return last
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Until `event` is set, at most for `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return

@@ -1,0 +1,115 @@
+"""What the front end counts, and one page that shows it with the workers' own metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import httpx
+from fastapi import APIRouter, Response
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+
+from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
+from service.errors import BrokerAwayError, ServiceError
+from service.jobs import broker_within
+from worker.contract import queue_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from service.context import Context
+
+logger = logging.getLogger(__name__)
+router = APIRouter(tags=["operations"])
+
+UPSTREAM_TIMEOUT_S = 1.0
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+
+
+class Metrics:
+    """The front end's families, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.http_seconds = Histogram(
+            "prismprune_http_request_duration_seconds",
+            "Time from a request's first byte to its response's last, waiting included.",
+            ("route", "method", "status"),
+            registry=self.registry,
+            buckets=_SECONDS,
+        )
+        self.rejections = Counter(
+            "prismprune_admission_rejections_total",
+            "Questions refused before they became jobs, by the problem's slug.",
+            ("reason",),
+            registry=self.registry,
+        )
+        self.queue_depth = self._gauge("queue_depth", "Jobs that wait in the queue.", "model")
+        self.workers = self._gauge("workers", "Workers with a recent heartbeat.", "model")
+        self.upstream_up = self._gauge(
+            "metrics_upstream_up", "1 if an upstream's metrics are below.", "upstream"
+        )
+
+    def _gauge(self, name: str, documentation: str, label: str) -> Gauge:
+        return Gauge(f"prismprune_{name}", documentation, (label,), registry=self.registry)
+
+    @contextmanager
+    def counting_rejections(self) -> Iterator[None]:
+        """Counts the error that leaves the block by its slug."""
+        try:
+            yield
+        except ServiceError as error:
+            self.rejections.labels(error.slug).inc()
+            raise
+
+    def page(self) -> str:
+        return generate_latest(self.registry).decode()
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(here: Here) -> Response:
+    """The front end's metrics, then those of each upstream that answers."""
+    upstreams = here.settings.metrics_upstreams
+    texts, queues = await asyncio.gather(
+        asyncio.gather(*(_fetch(here, url) for url in upstreams)), _queues(here)
+    )
+    for url, text in zip(upstreams, texts, strict=True):
+        here.metrics.upstream_up.labels(url).set(text is not None)
+    here.metrics.queue_depth.clear()  # nothing awaits from here to the page: scrapes do not mix
+    here.metrics.workers.clear()
+    for model, (depth, count) in queues.items():
+        here.metrics.queue_depth.labels(model).set(depth)
+        here.metrics.workers.labels(model).set(count)
+    pages = [here.metrics.page(), *(text for text in texts if text is not None)]
+    return Response("".join(pages), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _queues(here: Context) -> dict[str, tuple[int, int]]:
+    """Model to jobs waiting and workers seen; nothing while the broker is away."""
+    try:
+        fresh = [status.model for status in await here.workers.fresh()]
+        async with broker_within(here.settings.broker_timeout_s):
+            depths = {model: await here.redis.llen(queue_name(model)) for model in here.workers.models}
+    except BrokerAwayError:
+        return {}
+    return {model: (depth, fresh.count(model)) for model, depth in depths.items()}
+
+
+async def _fetch(here: Context, url: str) -> str | None:
+    """The upstream's page in Prometheus' text format, None if there is none."""
+    try:
+        response = await here.http.get(url, timeout=UPSTREAM_TIMEOUT_S, headers={"Accept": "text/plain"})
+        response.raise_for_status()
+    except httpx.HTTPError as error:
+        logger.warning("a metrics upstream does not answer: %s", type(error).__name__)
+        return None
+    return response.text.rstrip("\n") + "\n"

