@@ -63,7 +63,7 @@ def load_checkpoint(
         family = family_of(config.model_type)
         options = _load_options(where, dtype, quantization, family)
         model = family.load(path, revision=revision, **options).eval()
-        processor = AutoProcessor.from_pretrained(path, revision=revision)  # type: ignore[no-untyped-call]
+        processor = AutoProcessor.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         # transformers says at length where it looked; the cause keeps that for whoever runs this.
         raise UnknownModelError(
@@ -123,8 +123,8 @@ def _quantization(name: str, compute: torch.dtype, skip: list[str]) -> BitsAndBy
         raise InvalidOptionError("Quantisation needs bitsandbytes: pip install 'prismprune[quantization]'.")
     # The skip list of that name holds for 4 bits as well.
     if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)  # type: ignore[no-untyped-call]
-    return BitsAndBytesConfig(  # type: ignore[no-untyped-call]
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=compute,

