@@ -127,7 +127,7 @@ def vision_tower() -> Dinov2Model:
     config = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=PATCH_SIZE
     )
-    model = Dinov2Model(config).eval()
+    model: Dinov2Model = Dinov2Model(config).eval()
     graph = onnx.load(str(fetch(VISION))).graph
     state = _dinov2_state(graph)
     missing, unexpected = model.load_state_dict(state, strict=False)
@@ -201,7 +201,7 @@ def build_model(
     }
     config = LlavaConfig(**settings)
     language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    model = LlavaForConditionalGeneration(config).eval()
+    model: LlavaForConditionalGeneration = LlavaForConditionalGeneration(config).eval()
     model.model.vision_tower.load_state_dict(tower.state_dict())
     model.model.language_model.load_state_dict(language.model.state_dict())
     model.tie_weights()

@@ -78,7 +78,15 @@ def draw(
 @app.command()
 def train(
     folder: Annotated[Path, typer.Argument(help="Where the weights and the state to resume from go.")],
+    *,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps in all [the recipe's].")] = None,
+    recipe_file: Annotated[
+        Path | None,
+        typer.Option("--recipe", help="JSON with fields of the recipe, as in a run's recipe.json."),
+    ] = None,
+    begin_from: Annotated[
+        Path | None, typer.Option(help="Begin from trained weights, such as prismprune/demo/weights.")
+    ] = None,
     ship: Annotated[
         Path | None, typer.Option(help="Write the weights in 16 bits to this folder as well.")
     ] = None,
@@ -87,11 +95,12 @@ def train(
     """Train projector and adapter from the recipe's seed, or go on where FOLDER left off."""
     from prismprune.demo import train as training  # noqa: PLC0415 (needs peft)
 
-    recipe = training.Recipe() if steps is None else dataclasses.replace(training.Recipe(), steps=steps)
+    recipe = training.Recipe(**json.loads(recipe_file.read_text()) if recipe_file else {})
+    recipe = recipe if steps is None else dataclasses.replace(recipe, steps=steps)
     console = Console(highlight=False)
     with _progress() as progress:
         task = progress.add_task("training", total=recipe.steps)
-        for record in training.train(folder, recipe, workers=workers):
+        for record in training.train(folder, recipe, begin_from=begin_from, workers=workers):
             progress.update(task, completed=record["step"])
             console.print(json.dumps(record))
     if ship:

@@ -159,7 +159,8 @@ def _pattern(rng: random.Random, kind: str, width: int, height: int) -> NDArray[
         field += rng.choice((-1, 1)) * np.exp(
             -((x - rng.random()) ** 2 + (y - rng.random()) ** 2) / (2 * spread**2)
         )
-    return np.clip(field, -1, 1)
+    bounded: NDArray[np.float64] = np.clip(field, -1, 1)
+    return bounded
 
 
 def paint(rng: random.Random, background: Image.Image, things: tuple[Thing, ...]) -> Image.Image:

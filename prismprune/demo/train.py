@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import shutil
 import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,7 +42,7 @@ class Recipe:
     """Everything that decides the outcome. Steps count optimiser steps over both stages."""
 
     seed: int = 20261122
-    steps: int = 1600
+    steps: int = 1050
     small_steps: int = 250
     """First steps, at `small_size`: the same world at a quarter of the tokens."""
     small_size: int = 168
@@ -120,7 +119,7 @@ class Trainer:
         language, self.tokenizer = language_part()
         self.embeddings = language.get_input_embeddings().weight.detach()
         self.head = language.lm_head.weight.detach()
-        self.model = build_model(vision_tower(), language, self.tokenizer)
+        self.model: Any = build_model(vision_tower(), language, self.tokenizer)
         self.tower: Any = self.model.model.vision_tower.requires_grad_(requires_grad=False)
         self.layers = list(self.tower.encoder.layer)[:VISION_LAYER]
         self.projector = self.model.model.multi_modal_projector
@@ -153,8 +152,8 @@ class Trainer:
 
     def _embed(self, word: str) -> Tensor:
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
-        vector = self.embeddings[ids].sum(0)
-        return WORD_NORM * vector / vector.norm()
+        vector: Tensor = self.embeddings[ids].sum(0)
+        return nn.functional.normalize(vector, dim=0) * WORD_NORM
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -188,11 +187,11 @@ class Trainer:
         """How many tokens an image of this batch shows: all, or log-uniform between the recipe's bounds."""
         draw, share = map(float, torch.rand(2, generator=rng))
         if batch.frames > 1:
-            return round(16 * 4 ** (share**2))
+            return int(16 * 4 ** (share**2))
         if draw < self.recipe.all_tokens_share:
             return available
         low, high = self.recipe.least_tokens, min(self.recipe.most_tokens, available)
-        return round(low * (high / low) ** share)
+        return int(low * (high / low) ** share)
 
     def loss(self, pack: Pack, visual: Tensor) -> Tensor:
         """Cross-entropy over the answers' tokens; logits are computed for those alone."""
@@ -208,12 +207,16 @@ class Trainer:
         torch.save(state, folder / "resume.pt.new")
         (folder / "resume.pt.new").replace(folder / "resume.pt")
 
-    def resume(self, folder: Path) -> None:
-        """Go on where `save` left off."""
+    def load(self, folder: Path) -> None:
+        """Take over trained weights, those of `save` or those that the project ships."""
         from peft import set_peft_model_state_dict  # noqa: PLC0415
 
         self.projector.load_state_dict(load_file(folder / "projector.safetensors"))
         set_peft_model_state_dict(self.language, load_file(folder / "adapter_model.safetensors"))
+
+    def resume(self, folder: Path) -> None:
+        """Go on where `save` left off."""
+        self.load(folder)
         state = torch.load(folder / "resume.pt", weights_only=True)
         self.optimizer.load_state_dict(state["optimizer"])
         self.done = state["done"]
@@ -248,12 +251,17 @@ def _subset(features: Tensor, count: int, rng: torch.Generator) -> Tensor:
 
 
 def train(
-    folder: Path, recipe: Recipe, *, workers: int = 1, save_every: int = 100
+    folder: Path, recipe: Recipe, *, begin_from: Path | None = None, workers: int = 1, save_every: int = 50
 ) -> Iterator[dict[str, float]]:
-    """Train into `folder`, resuming what lies there; yields a record every ten steps."""
+    """Train into `folder`, resuming what lies there; yields a record every ten steps.
+
+    A fresh run begins from the weights in `begin_from`, with a new optimiser, or from the closed-form start.
+    """
     trainer = Trainer(recipe)
     if (folder / "resume.pt").exists():
         trainer.resume(folder)
+    elif begin_from is not None:
+        trainer.load(begin_from)
     else:
         yield {"step": 0, "explained": trainer.start()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -282,4 +290,6 @@ def ship(trained: Path, target: Path) -> None:
     for name in ("projector.safetensors", "adapter_model.safetensors"):
         state = load_file(trained / name)
         save_file({key: value.to(torch.float16) for key, value in state.items()}, target / name)
-    shutil.copy(trained / "adapter_config.json", target / "adapter_config.json")
+    config = json.loads((trained / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = None  # a path of the machine that trained
+    (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
