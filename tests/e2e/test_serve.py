@@ -22,6 +22,8 @@ EXAMPLE_ANSWER = "red"
 """The colour of the one star in `examples/scene.png`."""
 QUESTIONS_A_BUDGET = 40
 CLIENTS = 4
+LEAST_ACCURACY = 0.7
+"""Under what the shipped weights reach on the whole test set (the model card), by the spread of so few questions."""
 
 
 @pytest.fixture(scope="module")
@@ -73,4 +75,4 @@ def test_easy_vqa_is_answered_over_http(tree: Tree, budget: int) -> None:
         ThreadPoolExecutor(CLIENTS) as clients,
     ):
         marks = list(clients.map(right, sample))
-    assert sum(marks) / len(marks) >= 0.9
+    assert sum(marks) / len(marks) >= LEAST_ACCURACY
