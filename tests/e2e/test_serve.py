@@ -23,7 +23,7 @@ EXAMPLE_ANSWER = "red"
 QUESTIONS_A_BUDGET = 40
 CLIENTS = 4
 LEAST_ACCURACY = 0.7
-"""Under what the shipped weights reach on the whole test set (the model card), by the spread of so few questions."""
+"""The model card's figure less the spread of so few questions; raise it with the weights."""
 
 
 @pytest.fixture(scope="module")
