@@ -117,7 +117,8 @@ class Trainer:
         torch.manual_seed(recipe.seed)
         self.recipe = recipe
         language, self.tokenizer = language_part()
-        self.embeddings = language.get_input_embeddings().weight.detach()
+        words: Any = language.get_input_embeddings()
+        self.embeddings: Tensor = words.weight.detach()
         self.head = language.lm_head.weight.detach()
         self.model: Any = build_model(vision_tower(), language, self.tokenizer)
         self.tower: Any = self.model.model.vision_tower.requires_grad_(requires_grad=False)
