@@ -23,6 +23,7 @@ from bisect import bisect_right
 from collections import deque
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import av
@@ -42,6 +43,10 @@ MAX_STREAMS = 64
 """Films carry dozens of subtitle tracks; more is an attack."""
 THREADS = 4
 """Of one decoder: each costs memory, and a machine may have a hundred cores."""
+ROOM = 16 << 20
+"""Bytes that the process may always take beyond what it has at its start: Python itself breaks without."""
+ONE_REQUEST = 64 << 20
+"""Bytes. An allocation that fails leaves the peak below the limit by less than its own size."""
 
 
 class RefusalError(Exception):
@@ -100,15 +105,34 @@ class Packets:
         return take
 
 
-def confine(task: Task) -> None:
+class Memory:
+    """The process' address space and its limit. Linux only: macOS knows the limit and refuses to set it."""
+
+    def __init__(self, limit: int) -> None:
+        self._status = Path("/proc/self/status").open("rb", buffering=0)  # later none may be opened
+        self._limit = max(limit, self._peak() + ROOM)
+        resource.setrlimit(resource.RLIMIT_AS, (self._limit, self._limit))
+
+    def _peak(self) -> int:
+        self._status.seek(0)
+        line = next(line for line in self._status.read().splitlines() if line.startswith(b"VmPeak:"))
+        return int(line.split()[1]) << 10
+
+    @property
+    def short(self) -> bool:
+        """Whether an allocation may have failed: FFmpeg reports many such failures as something else."""
+        return self._peak() > self._limit - ONE_REQUEST
+
+
+def confine(task: Task) -> Memory | None:
     """Give up what decoding does not need. Cannot be taken back."""
-    if sys.platform == "linux":  # macOS knows the limit and refuses to set it
-        resource.setrlimit(resource.RLIMIT_AS, (task.memory_bytes, task.memory_bytes))
+    memory = Memory(task.memory_bytes) if sys.platform == "linux" else None
     seconds = math.ceil(task.timeout_s) + 1
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # no further file, no socket
     signal.alarm(seconds)  # the parent may be gone by then
+    return memory
 
 
 def open_video(file: BinaryIO, task: Task) -> tuple[Any, Any]:
@@ -274,15 +298,18 @@ def run(file: BinaryIO, task: Task, out: BinaryIO) -> None:
 def main() -> None:
     task = Task(**json.loads(sys.argv[1]))
     av.logging.set_level(None)
-    confine(task)
+    memory = confine(task)
     try:
         run(sys.stdin.buffer, task, sys.stdout.buffer)
     except RefusalError as refusal:
         answer = {"error": refusal.kind, "detail": refusal.detail}
-    except MemoryError:  # also av.error.MemoryError
-        answer = {"error": "too-large", "detail": "The video needs more memory to decode than is allowed."}
-    except (av.error.FFmpegError, ArithmeticError, ValueError, IndexError):
-        answer = {"error": "undecodable", "detail": "The video is damaged or not in the format it begins as."}
+    except (MemoryError, av.error.FFmpegError, ArithmeticError, ValueError, IndexError) as error:
+        if isinstance(error, MemoryError) or (memory and memory.short):  # also av.error.MemoryError
+            detail = "The video needs more memory to decode than is allowed."
+            answer = {"error": "too-large", "detail": detail}
+        else:
+            detail = "The video is damaged or not in the format it begins as."
+            answer = {"error": "undecodable", "detail": detail}
     else:
         return
     print(json.dumps(answer))  # noqa: T201 -- the protocol

@@ -150,6 +150,48 @@ HELD_OUT: dict[str, tuple[str, ...]] = {
         "Please say what came first, {it} or {other}.",
     ),
 }
+DESCRIBE_ONE = ("Describe {it}.", "What do you see of {it}?", "What can you tell about {it}?")
+DESCRIBE_ALL = (
+    "List the shapes from {a} to {b}.",
+    "What is there from {a} to {b}?",
+    "Name everything from {a} to {b}.",
+)
+DESCRIBE_CLIP = ("What happens?", "Describe the video.", "Tell me what happens in the clip.")
+
+
+def scene_descriptions(rng: random.Random, scene: Scene, number: int) -> list[Question]:
+    """Descriptions for training: the objects in order along an axis, and up to `number` of them one by one.
+
+    Many true words an answer: by far the densest lesson in what is where. None of them is evaluated.
+    """
+    a, b = rng.choice(list(_ORDERS))
+    axis, sign = _ORDERS[a, b]
+    ordered = sorted(scene.things, key=lambda thing: sign * getattr(thing, axis))
+    everything = ", ".join(thing.name for thing in ordered)
+    asked = [Question("describe", rng.choice(DESCRIBE_ALL).format(a=a, b=b), everything)]
+    for thing in rng.sample(scene.things, min(number, len(scene.things))):
+        text = rng.choice(DESCRIBE_ONE).format(it=_refer(rng, scene, thing))
+        asked.append(Question("describe", text, _description(thing)))
+    return asked
+
+
+def clip_description(rng: random.Random, clip: ClipScene) -> Question:
+    """What happens in a clip, for training."""
+    if clip.mover:
+        answer = f"the {clip.mover.name} moves {clip.direction}"
+    else:
+        early, late = clip.things[:2]
+        answer = f"first the {early.name}, then the {late.name}"
+    return Question("describe", rng.choice(DESCRIBE_CLIP), answer)
+
+
+def _description(thing: Thing) -> str:
+    words = [thing.size, thing.name]
+    if (corner := _corner_of(thing)) is not None:
+        words.append(corner)
+    if thing.written:
+        words.append(f"with {thing.written}")
+    return " ".join(words)
 
 
 def scene_questions(
@@ -247,10 +289,15 @@ def _side(rng: random.Random, scene: Scene) -> _Filled:
 
 def _corner(rng: random.Random, scene: Scene) -> _Filled:
     thing = rng.choice(scene.things)
+    corner = _corner_of(thing)
+    return None if corner is None else ({"it": _refer(rng, scene, thing)}, corner)
+
+
+def _corner_of(thing: Thing) -> str | None:
+    """None for a thing too near to a middle line."""
     if min(abs(thing.x - 0.5), abs(thing.y - 0.5)) < SIDE_MARGIN:
         return None
-    corner = f"{'top' if thing.y < 0.5 else 'bottom'} {'left' if thing.x < 0.5 else 'right'}"
-    return {"it": _refer(rng, scene, thing)}, corner
+    return f"{'top' if thing.y < 0.5 else 'bottom'} {'left' if thing.x < 0.5 else 'right'}"
 
 
 def _count(rng: random.Random, scene: Scene) -> _Filled:
@@ -292,6 +339,12 @@ _RELATIONS = {
     "to the right of": ("x", 1),
     "above": ("y", -1),
     "below": ("y", 1),
+}
+_ORDERS = {
+    ("left", "right"): ("x", 1),
+    ("right", "left"): ("x", -1),
+    ("top", "bottom"): ("y", 1),
+    ("bottom", "top"): ("y", -1),
 }
 _WAYS = {"left": ("x", -1), "right": ("x", 1), "up": ("y", -1), "down": ("y", 1)}
 

@@ -24,7 +24,14 @@ from prismprune.demo.assemble import VIDEO_IMAGE_SIZE, VISION_LAYER, build_model
 from prismprune.demo.clips import FRAMES, draw_clip
 from prismprune.demo.easyvqa import EasyVQA
 from prismprune.demo.packing import IGNORED, Pack, Packer, hidden_states
-from prismprune.demo.questions import TRAINED, Question, clip_questions, scene_questions
+from prismprune.demo.questions import (
+    TRAINED,
+    Question,
+    clip_description,
+    clip_questions,
+    scene_descriptions,
+    scene_questions,
+)
 from prismprune.demo.scenes import draw_scene
 from prismprune.demo.start import closed_form_start, picture_array
 
@@ -49,6 +56,8 @@ class Recipe:
     size: int = 336
     pictures: int = 1
     questions: int = 16
+    descriptions: int = 2
+    """Objects of a scene to describe one by one, besides all of them in order; -1: nothing is described."""
     clip_share: float = 0.12
     clip_questions: int = 8
     easy_vqa_share: float = 0.12
@@ -92,6 +101,8 @@ class Stream(IterableDataset[Batch]):
         clip = draw_clip(rng)
         pixels = [torch.from_numpy(picture_array(frame, VIDEO_IMAGE_SIZE)) for frame in clip.frames]
         asked = clip_questions(rng, clip, self.recipe.clip_questions, TRAINED)
+        if self.recipe.descriptions >= 0:
+            asked.append(clip_description(rng, clip))
         return Batch(torch.stack(pixels), [asked], FRAMES)
 
     def _pictures(self, rng: random.Random, step: int) -> Batch:
@@ -103,6 +114,8 @@ class Stream(IterableDataset[Batch]):
             else:
                 scene = draw_scene(rng)
                 image, asked = scene.image, scene_questions(rng, scene, self.recipe.questions, TRAINED)
+                if self.recipe.descriptions >= 0:
+                    asked += scene_descriptions(rng, scene, self.recipe.descriptions)
             pixels.append(torch.from_numpy(picture_array(image, size)))
             questions.append(asked)
         return Batch(torch.stack(pixels), questions, 1)
