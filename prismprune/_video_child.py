@@ -109,7 +109,7 @@ class Memory:
     """The process' address space and its limit. Linux only: macOS knows the limit and refuses to set it."""
 
     def __init__(self, limit: int) -> None:
-        self._status = Path("/proc/self/status").open("rb", buffering=0)  # later none may be opened
+        self._status = Path("/proc/self/status").open("rb", buffering=0)  # noqa: SIM115 -- later none may be opened
         self._limit = max(limit, self._peak() + ROOM)
         resource.setrlimit(resource.RLIMIT_AS, (self._limit, self._limit))
 
