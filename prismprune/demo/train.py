@@ -307,3 +307,4 @@ def ship(trained: Path, target: Path) -> None:
     config = json.loads((trained / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None  # a path of the machine that trained
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (target / "recipe.json").write_text((trained / "recipe.json").read_text())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import zipfile
 from typing import TYPE_CHECKING
@@ -10,16 +11,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from prismprune.demo.clips import DIRECTIONS, FRAMES, draw_clip
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
 from prismprune.demo.parts import Part, _extract, fetch
-from prismprune.demo.questions import HELD_OUT, TRAINED, Question, clip_questions, scene_questions
+from prismprune.demo.questions import (
+    HELD_OUT,
+    TRAINED,
+    Question,
+    clip_description,
+    clip_questions,
+    scene_descriptions,
+    scene_questions,
+)
 from prismprune.demo.scenes import COLORS, SHAPES, draw_scene
 from prismprune.demo.start import closed_form_start
-from prismprune.demo.train import Recipe, Stream, _subset
+from prismprune.demo.train import Recipe, Stream, _subset, ship
 from prismprune.errors import PartsUnavailableError
 
 if TYPE_CHECKING:
@@ -73,6 +83,37 @@ def _counted(things: tuple[object, ...], words: list[str]) -> int:
         return sum(getattr(thing, "color", None) == words[0] for thing in things)
     shape = next((name for name in SHAPES if words[0].startswith(name)), None)
     return sum(shape is None or getattr(thing, "shape", None) == shape for thing in things)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds)
+def test_descriptions_tell_what_is_there_and_in_which_order(seed: int) -> None:
+    """The list holds every object in the order that its question asks for; each description is of one."""
+    rng = random.Random(seed)
+    scene = draw_scene(rng)
+    everything, *single = scene_descriptions(rng, scene, 2)
+    words = everything.text.rstrip(".?").split()
+    axis = "x" if words[-1] in ("left", "right") else "y"
+    ordered = sorted(
+        scene.things, key=lambda thing: getattr(thing, axis), reverse=words[-1] in ("left", "top")
+    )
+    assert everything.answer == ", ".join(thing.name for thing in ordered)
+    assert len(single) == min(2, len(scene.things))
+    for question in single:
+        assert [thing.size for thing in scene.things if f"{thing.size} {thing.name}" in question.answer]
+
+
+@settings(max_examples=15, deadline=None)
+@given(seeds)
+def test_what_happens_in_a_clip_is_told_as_it_was_drawn(seed: int) -> None:
+    """The mover and its direction, or what came first and then."""
+    rng = random.Random(seed)
+    clip = draw_clip(rng)
+    answer = clip_description(rng, clip).answer
+    if clip.mover:
+        assert answer == f"the {clip.mover.name} moves {clip.direction}"
+    else:
+        assert answer == f"first the {clip.things[0].name}, then the {clip.things[1].name}"
 
 
 def test_held_out_phrasings_are_never_trained_on() -> None:
@@ -194,6 +235,31 @@ def test_an_index_that_lacks_a_part_is_a_clear_error(tmp_path: Path, monkeypatch
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(PartsUnavailableError, match=r"part==1\.0"):
         fetch(PINNED)
+
+
+def test_shipped_weights_name_no_path_of_the_machine_that_trained(tmp_path: Path) -> None:
+    """16 bits, the recipe beside them, and nothing that only resuming needs."""
+    trained, target = tmp_path / "trained", tmp_path / "weights"
+    trained.mkdir()
+    for name in ("projector", "adapter_model"):
+        save_file({"weight": torch.ones(2, 2)}, trained / f"{name}.safetensors")
+    (trained / "adapter_config.json").write_text(
+        json.dumps({"r": 4, "base_model_name_or_path": str(trained)})
+    )
+    (trained / "recipe.json").write_text("{}")
+    (trained / "resume.pt").write_bytes(b"large")
+    ship(trained, target)
+    assert load_file(target / "projector.safetensors")["weight"].dtype is torch.float16
+    assert json.loads((target / "adapter_config.json").read_text()) == {
+        "r": 4,
+        "base_model_name_or_path": None,
+    }
+    assert sorted(path.name for path in target.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "projector.safetensors",
+        "recipe.json",
+    ]
 
 
 @pytest.mark.demo
