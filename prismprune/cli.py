@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 
 import prismprune
 from prismprune.errors import InvalidBudgetError, InvalidOptionError, PrismError, UnknownMethodError
+from prismprune.evaluation.cli import compare
 from prismprune.settings import LibrarySettings
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ app.add_typer(
     name="demo",
     help="The embedded demo model: fetch, train, evaluate.",
 )
+app.command()(compare)
 
 
 def main() -> None:

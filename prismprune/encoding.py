@@ -7,23 +7,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from prismprune.budget import TokenBudget
 from prismprune.errors import InvalidOptionError
+from prismprune.families.base import KeptPart
 from prismprune.meters import Stopwatch
 from prismprune.results import PartMap, Timings, VisualTokens
 from prismprune.selection import Scores, Selection, Selector, selector
-from prismprune.selection.base import take
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
-    from prismprune.families.base import Family, Pixels, Reading, View
+    from prismprune.families.base import Family, Grid, Pixels, Reading, Region, View, Visual
     from prismprune.media import Clip, Picture
 
 NOT_PRUNED = "none"
@@ -53,33 +55,44 @@ class EncodingRequest:
 
 @dataclass(frozen=True, slots=True)
 class EncodedMedia:
-    """The visual tokens that stay, ready for the language model: one [K, width] a view, in prompt order.
+    """The visual tokens that stay, ready for the language model: what each placeholder stands for, in order.
 
     `timings` holds the stages from decoding to selection; those shared by a batch are the batch's.
     """
 
-    features: tuple[Tensor, ...]
+    visuals: tuple[Visual, ...]
     visual_tokens: VisualTokens
     token_map: tuple[PartMap, ...]
     timings: Timings
     warnings: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """What the visual tokens take of the device's memory."""
+        return sum(visual.features.nbytes for visual in self.visuals)
 
 
 @dataclass(slots=True)
 class _Part:
     """One view on its way: its row in what the tower read, how many of its patches stay, and which.
 
-    `keep` and `selection` None: every token stays, also one that is no patch. `tokens` [K, d] are those that
-    stay, as the projector takes them.
+    candidates: the part of the grid to choose from. tokens: [K, d], those that stay, as the projector takes
+    them. keep and selection (raster indices of the whole grid) None: all, also a token that is no patch.
     """
 
     view: View
     pixels: Pixels
     reading: Reading
     row: int
+    candidates: Region
     tokens: Tensor
     keep: int | None = None
     selection: Selection | None = None
+
+    @property
+    def original(self) -> int:
+        """Visual tokens without pruning."""
+        return self.reading.prefix + self.candidates.area
 
 
 @torch.inference_mode()
@@ -93,12 +106,12 @@ def encode(family: Family, requests: Sequence[EncodingRequest]) -> list[EncodedM
     vision_ms = watch.lap_ms()
     parts = _by_request(views, pixels, readings)
     _share_budgets(requests, parts)
-    _select(requests, parts)
+    _select(family, requests, parts)
     select_ms = watch.lap_ms()
-    features = _project(family, parts)
+    visuals = _arrange(family, parts)
     vision_ms += watch.lap_ms()
     shared = Timings(preprocess_ms=preprocess_ms, vision_ms=vision_ms, select_ms=select_ms)
-    return [_encoded(*one, shared) for one in zip(requests, parts, features, strict=True)]
+    return [_encoded(*one, shared) for one in zip(requests, parts, visuals, strict=True)]
 
 
 def _by_request(
@@ -107,7 +120,7 @@ def _by_request(
     """Sort what was read by size back into the order of the requests and their views."""
     flat = [view for own in views for view in own]
     parts = {
-        place: _Part(flat[place], group, reading, row, reading.tokens[row])
+        place: _part(flat[place], group, reading, row)
         for group, reading in zip(pixels, readings, strict=True)
         for row, place in enumerate(group.places)
     }
@@ -115,65 +128,132 @@ def _by_request(
     return [[next(in_order) for _ in own] for own in views]
 
 
+def _part(view: View, pixels: Pixels, reading: Reading, row: int) -> _Part:
+    candidates, tokens = pixels.region(row), reading.tokens[row]
+    if candidates.shape != pixels.grid:
+        seen = candidates.raster(pixels.grid).to(tokens.device)
+        tokens = torch.cat([tokens[: reading.prefix], tokens[reading.prefix :][seen]])
+    return _Part(view, pixels, reading, row, candidates, tokens)
+
+
 def _share_budgets(requests: Sequence[EncodingRequest], parts: Sequence[Sequence[_Part]]) -> None:
     for request, own in zip(requests, parts, strict=True):
         original = _original(own)
         if request.budget.resolve(original) < original:
-            candidates = [part.reading.patches.shape[1] for part in own]
+            candidates = [part.candidates.area for part in own]
             for part, keep in zip(own, request.budget.split(candidates), strict=True):
                 part.keep = keep
 
 
 def _original(parts: Sequence[_Part]) -> int:
     """Visual tokens without pruning."""
-    return sum(part.reading.tokens.shape[1] for part in parts)
+    return sum(part.original for part in parts)
 
 
-def _select(requests: Sequence[EncodingRequest], parts: Sequence[Sequence[_Part]]) -> None:
-    """Select for all views of one size, method and number to keep at once; compute each attention once."""
-    by_reading: dict[int, dict[tuple[Selector, int], list[_Part]]] = defaultdict(lambda: defaultdict(list))
+def _select(family: Family, requests: Sequence[EncodingRequest], parts: Sequence[Sequence[_Part]]) -> None:
+    """Select for views with equally many candidates and tokens to keep at once; compute each score once."""
+    by_reading: dict[int, dict[tuple[Selector, int, Grid], list[_Part]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
     for request, own in zip(requests, parts, strict=True):
         choose = request.selector()
         for part in own:
             if part.keep is not None:
-                by_reading[id(part.reading)][choose, part.keep].append(part)
+                by_reading[id(part.reading)][choose, part.keep, part.candidates.shape].append(part)
     for groups in by_reading.values():
-        attention: Tensor | None = None
-        for (choose, keep), group in groups.items():
-            attention = group[0].reading.attention() if attention is None else attention
-            _select_group(choose, keep, group, attention)
+        scores: _WholeScores | None = None
+        for (choose, keep, _), group in groups.items():
+            scores = scores or _WholeScores(family, group[0].reading)
+            _select_group(choose, keep, group, scores)
 
 
-def _select_group(choose: Selector, keep: int, group: Sequence[_Part], attention: Tensor) -> None:
-    rows = [part.row for part in group]
-    patches = group[0].reading.patches[rows]
-    selection = choose(Scores(attention[rows], patches, group[0].pixels.grid), keep)
-    tokens = take(patches, selection.indices)
-    on_host = Selection(
-        selection.indices.cpu(),
-        None if selection.salient is None else selection.salient.cpu(),
-        None if selection.diverse is None else selection.diverse.cpu(),
+class _WholeScores:
+    """The scores of every view and patch of one reading, each computed when a method first asks for it."""
+
+    def __init__(self, family: Family, reading: Reading) -> None:
+        self._family = family
+        self._reading = reading
+
+    @cached_property
+    def attention(self) -> Tensor:
+        """[B, H, N]."""
+        return self._reading.attention()
+
+    @cached_property
+    def keys(self) -> Tensor:
+        """[B, H, N, head_dim]."""
+        return self._reading.keys()
+
+    @cached_property
+    def projected(self) -> Tensor:
+        """[B, N, width]."""
+        return self._family.project(self._reading.patches)
+
+    def of(self, choose: Selector, group: Sequence[_Part], seen: Tensor) -> Scores:
+        """What `choose` asks for, of the group's views, and of each the raster indices `seen` [B, M]."""
+        rows = [part.row for part in group]
+        on_device = seen.to(self._reading.tokens.device)
+
+        def pick(values: Tensor, patches: int) -> Tensor:
+            own = values[rows]
+            if own.shape[patches] == seen.shape[1]:
+                return own
+            shape = [{0: len(rows), patches: -1}.get(dimension, 1) for dimension in range(own.ndim)]
+            return own.take_along_dim(on_device.view(shape), patches)
+
+        return Scores(
+            attention=pick(self.attention, 2),
+            features=pick(self._reading.patches, 1),
+            grid=group[0].candidates.shape,
+            keys=pick(self.keys, 2) if choose.needs_keys else None,
+            projected=pick(self.projected, 1) if choose.needs_projected else None,
+        )
+
+
+def _select_group(choose: Selector, keep: int, group: Sequence[_Part], scores: _WholeScores) -> None:
+    seen = torch.stack([part.candidates.raster(part.pixels.grid) for part in group])
+    own = scores.of(choose, group, seen)
+    selection = choose(own, keep)
+    tokens = selection.tokens(own.features)
+    salient, diverse = (
+        None if chosen is None else seen.gather(1, chosen.cpu())
+        for chosen in (selection.salient, selection.diverse)
     )
+    on_host = Selection(seen.gather(1, selection.indices.cpu()), salient, diverse)
     for row, part in enumerate(group):
         part.tokens, part.selection = tokens[row], on_host.image(row)
 
 
-def _project(family: Family, parts: Sequence[Sequence[_Part]]) -> list[tuple[Tensor, ...]]:
-    """Project the survivors of the whole batch in one call: a [K, width] a view."""
+def _arrange(family: Family, parts: Sequence[Sequence[_Part]]) -> list[tuple[Visual, ...]]:
+    """Project the survivors of the whole batch in one call, and let the family pack those of each medium."""
     survivors = [part.tokens for own in parts for part in own]
     projected = family.project(torch.cat(survivors))
     by_view = iter(torch.split(projected, [len(tokens) for tokens in survivors]))
-    return [tuple(next(by_view) for _ in own) for own in parts]
+    kept = [[_kept_part(part, next(by_view)) for part in own] for own in parts]
+    return [
+        tuple(
+            visual
+            for _, medium in groupby(own, key=lambda part: part.view.media)
+            for visual in family.arrange(list(medium))
+        )
+        for own in kept
+    ]
+
+
+def _kept_part(part: _Part, projected: Tensor) -> KeptPart:
+    kept = None if part.selection is None else part.selection.indices
+    return KeptPart(part.view, part.pixels.grid, part.candidates, kept, projected)
 
 
 def _encoded(
-    request: EncodingRequest, parts: Sequence[_Part], features: tuple[Tensor, ...], shared: Timings
+    request: EncodingRequest, parts: Sequence[_Part], visuals: tuple[Visual, ...], shared: Timings
 ) -> EncodedMedia:
     token_map = tuple(_part_map(part) for part in parts)
-    visual_tokens = _visual_tokens(request, parts, token_map)
+    newlines = sum(visual.newlines for visual in visuals)
+    visual_tokens = replace(_visual_tokens(request, parts, token_map), newlines=newlines)
     silent = request.budget.is_all or visual_tokens.method != NOT_PRUNED
     return EncodedMedia(
-        features=features,
+        visuals=visuals,
         visual_tokens=visual_tokens,
         token_map=token_map,
         timings=replace(shared, decode_ms=sum(media.decode_ms for media in request.media)),
@@ -184,15 +264,15 @@ def _encoded(
 def _visual_tokens(
     request: EncodingRequest, parts: Sequence[_Part], token_map: Sequence[PartMap]
 ) -> VisualTokens:
-    budget, original = request.budget, _original(parts)
+    budget, kept = request.budget, sum(len(part.tokens) for part in parts)
     salient = [part.salient for part in token_map if part.salient is not None]
     diverse = [part.diverse for part in token_map if part.diverse is not None]
     return VisualTokens(
-        original=original,
-        kept=sum(len(part.tokens) for part in parts),
+        original=_original(parts),
+        kept=kept,
         salient=sum(map(len, salient)) if salient else None,
         diverse=sum(map(len, diverse)) if diverse else None,
-        budget=None if budget.is_all else budget.tokens or budget.resolve(original),
+        budget=None if budget.is_all else budget.tokens or kept,  # a ratio's is what it came to
         method=NOT_PRUNED if all(part.keep is None for part in parts) else request.method,
     )
 
@@ -206,7 +286,7 @@ def _why_nothing(budget: TokenBudget, original: int) -> str:
 
 
 def _part_map(part: _Part) -> PartMap:
-    selection = part.selection or Selection(torch.arange(part.reading.patches.shape[1]))
+    selection = part.selection or Selection(part.candidates.raster(part.pixels.grid))
     return PartMap(
         media=part.view.media,
         crop=part.view.crop,

@@ -1,43 +1,36 @@
-"""Token by token over a batch whose rows each have their own length, sampling, stop strings and end.
+"""One answer, token by token: how its tokens are chosen, when it ends, and the text that it gives on its way.
 
-transformers' `generate` takes one configuration a batch and cannot drop a row; its pieces (cache, warpers,
-the models' `forward`) do the work here.
+transformers' `generate` takes one configuration a batch and cannot drop a row; its warpers do the work here,
+and `prismprune.decoding` runs the model over many rows.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import pad
 from transformers import (
-    DynamicCache,
     LogitsProcessorList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
 from prismprune.errors import InvalidOptionError
-from prismprune.meters import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
+    from prismprune.families.base import Visual
     from prismprune.results import FinishReason
 
 COLDEST = 1e-5
 """Below this temperature logits overflow, and nothing but the likeliest token is ever drawn: greedy."""
-SIMILAR = 0.75
-"""Prompts are prefilled together while the shortest has this share of the longest: padding is work, too."""
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What a character decodes to while some of its bytes are still to come."""
-
-TokenEvent = tuple[int, str]
-"""A row of the batch has a new token; the text that is settled by it, often none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +63,30 @@ class GenerationOptions:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids [T] with one placeholder a visual token, and those tokens as embeddings [K, width] a view."""
+    """Token ids [T] with one placeholder a visual token, and what the placeholders stand for.
+
+    position_ids: [3, T] for a model with rotary positions in three rows; None: 0 to T - 1. next_position:
+    that of the first generated token; None: T.
+    """
 
     token_ids: Tensor
-    features: tuple[Tensor, ...]
+    visuals: tuple[Visual, ...]
+    position_ids: Tensor | None = None
+    next_position: int | None = None
+
+    @property
+    def positions(self) -> Tensor:
+        """Of its tokens: [T], or [3, T]."""
+        return torch.arange(len(self.token_ids)) if self.position_ids is None else self.position_ids
+
+    @property
+    def following(self) -> int:
+        """The position of the first generated token."""
+        return len(self.token_ids) if self.next_position is None else self.next_position
+
+    def beginning(self, length: int) -> Prompt:
+        """The first `length` tokens, with all of the visuals."""
+        return Prompt(self.token_ids[:length], self.visuals, self.positions[..., :length])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,143 +103,6 @@ class Generated:
     kv_cache_bytes: int
     prefill_ms: float
     generate_ms: float
-
-
-@dataclass(frozen=True)
-class Decoder:
-    """Generates with one model.
-
-    end_ids: tokens that end an answer. visual_inputs: projected features, one [K, width] a placeholder, to
-    arguments of the model's `forward`.
-    """
-
-    model: Any
-    tokenizer: Any
-    end_ids: frozenset[int]
-    visual_inputs: Callable[[Sequence[Tensor]], dict[str, Any]]
-
-    @torch.inference_mode()
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        options: Sequence[GenerationOptions],
-        should_stop: Callable[[int], bool] | None = None,
-    ) -> Generator[TokenEvent, None, list[Generated]]:
-        """Answer all prompts in one batch, with an event a token; the generator's value are the outcomes.
-
-        `should_stop(row)` is asked before each token of a row; True ends it as "canceled".
-        """
-        watch = Stopwatch(self.model.device)
-        rows = live = [
-            _Row(index, TextStream(self.tokenizer, own.stop), own) for index, own in enumerate(options)
-        ]
-        batch, logits = self._prefill(prompts)
-        prefill_ms, token_bytes = watch.lap_ms(), batch.token_bytes
-        fed, generate_ms = 0, 0.0
-        while live:
-            for row, scores, likeliest in zip(live, logits, logits.argmax(-1).tolist(), strict=True):
-                canceled = should_stop is not None and should_stop(row.index)
-                text = row.cancel() if canceled else row.take(scores, likeliest, self.end_ids)
-                row.fed, row.generate_ms = fed, generate_ms
-                yield row.index, text
-            going = [place for place, row in enumerate(live) if row.finish_reason is None]
-            if 0 < len(going) < len(live):
-                batch.keep(going)
-            live = [live[place] for place in going]
-            if live:
-                logits = batch.step(self.model, [row.token_ids[-1] for row in live])
-                fed, generate_ms = fed + 1, generate_ms + watch.lap_ms()
-        return [
-            row.outcome(len(prompt.token_ids), token_bytes, prefill_ms)
-            for row, prompt in zip(rows, prompts, strict=True)
-        ]
-
-    def _prefill(self, prompts: Sequence[Prompt]) -> tuple[_Batch, Tensor]:
-        """Run the prompts through the model; logits [B, vocabulary] of each one's first token."""
-        groups = similar_lengths([len(prompt.token_ids) for prompt in prompts])
-        parts = [self._prefill_group([prompts[row] for row in group]) for group in groups]
-        if len(parts) == 1:
-            return parts[0]
-        places = torch.tensor([row for group in groups for row in group]).argsort().tolist()
-        batch = _joined([batch for batch, _ in parts])
-        batch.keep(places)
-        return batch, torch.cat([logits for _, logits in parts])[places]
-
-    def _prefill_group(self, prompts: Sequence[Prompt]) -> tuple[_Batch, Tensor]:
-        longest = max(len(prompt.token_ids) for prompt in prompts)
-        # Any token serves as padding, as nothing attends to it, but for a placeholder, which would be filled.
-        filler = int(prompts[0].token_ids[-1])
-        ids = [pad(p.token_ids, (longest - len(p.token_ids), 0), value=filler) for p in prompts]
-        mask = [pad(torch.ones_like(p.token_ids), (longest - len(p.token_ids), 0)) for p in prompts]
-        batch = _Batch(DynamicCache(), torch.stack(mask).to(self.model.device))
-        output = self.model(
-            input_ids=torch.stack(ids).to(self.model.device),
-            attention_mask=batch.mask,
-            position_ids=(batch.mask.cumsum(-1) - 1).clamp(min=0),
-            past_key_values=batch.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **self.visual_inputs([features for prompt in prompts for features in prompt.features]),
-        )
-        return batch, output.logits[:, -1]
-
-
-@dataclass(slots=True)
-class _Batch:
-    """Rows that decode together: their cache, and the mask [B, T] over it, 0 for padding on the left."""
-
-    cache: DynamicCache
-    mask: Tensor
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token of one row takes in the cache: 2 * layers * kv heads * head_dim * itemsize."""
-        tensors: list[Tensor] = [tensor for layer in self.cache for tensor in layer[:2]]
-        return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop all rows but these, and put them in this order."""
-        places = torch.tensor(rows, device=self.mask.device)
-        self.cache.batch_select_indices(places)
-        self.mask = self.mask[places]
-
-    def step(self, model: Any, tokens: list[int]) -> Tensor:
-        """Feed one token a row; logits [B, vocabulary] of the next."""
-        self.mask = pad(self.mask, (0, 1), value=1)
-        output = model(
-            input_ids=torch.tensor(tokens, device=self.mask.device)[:, None],
-            attention_mask=self.mask,
-            position_ids=self.mask.sum(-1, keepdim=True) - 1,
-            past_key_values=self.cache,
-            use_cache=True,
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-
-def _joined(batches: Sequence[_Batch]) -> _Batch:
-    """One batch of all rows, padded on the left to the longest."""
-    length = max(batch.mask.shape[1] for batch in batches)
-    cache = DynamicCache()
-    for layers in zip(*(batch.cache.layers for batch in batches), strict=True):
-        keys, values = (
-            torch.cat([pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
-            for tensors in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
-        )
-        cache.update(keys, values, len(cache.layers))
-    masks = [pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in batches]
-    return _Batch(cache, torch.cat(masks))
-
-
-def similar_lengths(lengths: Sequence[int]) -> list[list[int]]:
-    """Groups of rows, in row order, whose shortest has at least `SIMILAR` of the length of its longest."""
-    groups: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if groups and lengths[groups[-1][0]] >= SIMILAR * lengths[row]:
-            groups[-1].append(row)
-        else:
-            groups.append([row])
-    return [sorted(group) for group in groups]
 
 
 class TextStream:
@@ -271,53 +147,68 @@ class TextStream:
         return new
 
 
-@dataclass(slots=True)
-class _Row:
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What is known of a row before its first token.
+
+    tokens: of its prompt. token_bytes: what one token takes in the cache. took_ms: the prefill, which ended
+    at `ended_ms` on the batch's clock.
+    """
+
+    tokens: int
+    token_bytes: int
+    took_ms: float
+    ended_ms: float
+
+
+class Row:
     """One answer in the making."""
 
-    index: int
-    stream: TextStream
-    options: GenerationOptions
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    fed: int = 0
-    """Tokens given back to the model, which are in the cache with the prompt's."""
-    generate_ms: float = 0.0
-    choose: Callable[[Tensor, int], int] = field(init=False)
+    def __init__(self, tokenizer: Any, options: GenerationOptions, prefilled: Prefilled) -> None:
+        self.token_ids: list[int] = []
+        self.finish_reason: FinishReason | None = None
+        self._stream = TextStream(tokenizer, options.stop)
+        self._choose = _sampler(options)
+        self._max_new_tokens = options.max_new_tokens
+        self._prefilled = prefilled
+        self._ended_ms = prefilled.ended_ms
+        self._taken = 0
 
-    def __post_init__(self) -> None:
-        self.choose = _sampler(self.options)
-
-    def take(self, scores: Tensor, likeliest: int, end_ids: frozenset[int]) -> str:
+    def take(self, scores: Tensor, likeliest: int, end_ids: frozenset[int], now_ms: float) -> str:
         """Choose the next token by its scores [vocabulary]; returns the text that is settled by it."""
-        token = self.choose(scores, likeliest)
+        self._taken += 1
+        self._ended_ms = now_ms
+        token = self._choose(scores, likeliest)
         if token in end_ids:
             self.finish_reason = "stop"
-            return self.stream.end(self.token_ids)
+            return self._stream.end(self.token_ids)
         self.token_ids.append(token)
-        text = self.stream.push(self.token_ids)
-        if self.stream.stopped:
+        text = self._stream.push(self.token_ids)
+        if self._stream.stopped:
             self.finish_reason = "stop"
-        elif len(self.token_ids) == self.options.max_new_tokens:
+        elif len(self.token_ids) == self._max_new_tokens:
             self.finish_reason = "length"
-            text += self.stream.end(self.token_ids)
+            text += self._stream.end(self.token_ids)
         return text
 
-    def cancel(self) -> str:
+    def cancel(self) -> None:
+        """End it as it stands; it leaves its batch with the next step."""
         self.finish_reason = "canceled"
-        return self.stream.end(self.token_ids)
+        self._stream.end(self.token_ids)
 
-    def outcome(self, prompt_tokens: int, token_bytes: int, prefill_ms: float) -> Generated:
+    def outcome(self) -> Generated:
+        """What came of it; only once it has ended."""
         if self.finish_reason is None:
             raise RuntimeError("a row was left before its end")
+        fed = max(0, self._taken - 1)  # the last token chosen is never given back to the model
         return Generated(
-            text=self.stream.given,
+            text=self._stream.given,
             token_ids=tuple(self.token_ids),
             finish_reason=self.finish_reason,
-            prompt_tokens=prompt_tokens,
-            kv_cache_bytes=(prompt_tokens + self.fed) * token_bytes,
-            prefill_ms=prefill_ms,
-            generate_ms=self.generate_ms,
+            prompt_tokens=self._prefilled.tokens,
+            kv_cache_bytes=(self._prefilled.tokens + fed) * self._prefilled.token_bytes,
+            prefill_ms=self._prefilled.took_ms,
+            generate_ms=self._ended_ms - self._prefilled.ended_ms,
         )
 
 

@@ -44,13 +44,15 @@ def load_checkpoint(
     dtype: str = "auto",
     device: str = "auto",
     quantization: str | None = None,
+    layout: str | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Load `"prism-demo"`, a checkpoint directory or a hub id, with the processor that it comes with.
 
     dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU and 16 bits on CUDA. device: "cpu",
     "cuda", "cuda:1", ...; "auto" is CUDA where there is one. quantization: None, "int8" or "nf4", of the
-    language model's layers only; the tower, the projector and the head stay as they are.
+    language model's layers only; the tower, the projector and the head stay as they are. layout: how visual
+    tokens are packed, one of the family's `layouts`; None: as transformers does.
 
     Raises `UnknownModelError` for a name that leads to no checkpoint or a family without an adapter,
     `InvalidOptionError` for an option out of its range or one that this machine cannot do.
@@ -61,6 +63,7 @@ def load_checkpoint(
     try:
         config = AutoConfig.from_pretrained(path, revision=revision)
         family = family_of(config.model_type)
+        layout = family.chosen_layout(layout)  # before gigabytes are loaded
         options = _load_options(where, dtype, quantization, family)
         model = family.load(path, revision=revision, **options).eval()
         processor = AutoProcessor.from_pretrained(path, revision=revision)
@@ -72,7 +75,7 @@ def load_checkpoint(
         ) from error
     end_ids = _end_ids(model.generation_config, processor.tokenizer)
     commit = getattr(model.config, "_commit_hash", None) or revision
-    return Loaded(name, family(model, processor), end_ids, commit, quantization)
+    return Loaded(name, family(model, processor, layout), end_ids, commit, quantization)
 
 
 def resolve(name: str, progress: Progress | None = None) -> str:

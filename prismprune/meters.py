@@ -52,3 +52,11 @@ class PeakMemory:
             return torch.cuda.max_memory_allocated(self._device)
         self._peak = max(self._peak, memory_bytes(self._device))
         return self._peak
+
+    def lap(self) -> int:
+        """The peak since the last lap, or since its making, in bytes; the next lap begins."""
+        peak = self.sample()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        self._peak = memory_bytes(self._device)
+        return peak

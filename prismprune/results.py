@@ -69,7 +69,10 @@ class PartMap:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer. `token_ids` are the generated ids without the end token."""
+    """One answer. `token_ids` are the generated ids without the end token.
+
+    cached_tokens: of its prompt, those whose encoding was not made for it but found ready.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -80,3 +83,4 @@ class Answer:
     memory: Memory
     warnings: tuple[str, ...] = ()
     token_map: tuple[PartMap, ...] = field(default=())
+    cached_tokens: int = 0

@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from PIL import Image
 
 from prismprune.budget import TokenBudget
+from prismprune.decoding import Decoder
 from prismprune.encoding import EncodedMedia, EncodingRequest, encode
 from prismprune.errors import InvalidOptionError
-from prismprune.generation import Decoder, Generated, GenerationOptions, Prompt, TokenEvent
+from prismprune.generation import GenerationOptions
 from prismprune.loading import load_checkpoint
 from prismprune.media import Clip, Picture, as_picture, open_media
-from prismprune.meters import PeakMemory, Stopwatch, memory_bytes
-from prismprune.results import Answer, Memory, Timings
+from prismprune.meters import memory_bytes
+from prismprune.results import Answer
+from prismprune.session import Asked, Session, VisualRequest
 
 if TYPE_CHECKING:
     import torch
 
+    from prismprune.caching import EncodingCache
     from prismprune.loading import Loaded, Progress
+    from prismprune.session import Pending
 
 __all__ = ["AnswerStream", "EncodedMedia", "GenerationOptions", "PrunedVLM", "VisualRequest"]
 
@@ -35,25 +39,6 @@ OnToken = Callable[[int, int, str], None]
 """Called with (request, question, newly settled text) of a batch."""
 ShouldStop = Callable[[int], bool]
 """Asked with the request's place in the batch before each token; True cancels the request."""
-
-
-@dataclass(frozen=True, slots=True)
-class VisualRequest:
-    """Questions about the same media, answered from one encoding at one budget of visual tokens."""
-
-    media: tuple[Picture | Clip, ...]
-    questions: tuple[str, ...]
-    budget: TokenBudget = field(default_factory=TokenBudget.all)
-    method: str = "prism"
-    method_options: Mapping[str, Any] = field(default_factory=dict)
-    generation: GenerationOptions = field(default_factory=GenerationOptions)
-
-    def __post_init__(self) -> None:
-        _check_questions(self.questions)
-
-    def encoding(self) -> EncodingRequest:
-        """The part that no question changes."""
-        return EncodingRequest(self.media, self.budget, self.method, self.method_options)
 
 
 class PrunedVLM:
@@ -72,6 +57,7 @@ class PrunedVLM:
             model=loaded.family.model,
             tokenizer=loaded.family.processor.tokenizer,
             end_ids=loaded.end_ids,
+            placeholder_ids=frozenset(loaded.family.placeholder_ids.values()),
             visual_inputs=loaded.family.visual_inputs,
         )
 
@@ -84,6 +70,7 @@ class PrunedVLM:
         dtype: str = "auto",
         device: str = "auto",
         quantization: str | None = None,
+        layout: str | None = None,
         progress: Progress | None = None,
     ) -> PrunedVLM:
         """Load `"prism-demo"`, a checkpoint directory or a hub id; see `loading.load_checkpoint`."""
@@ -94,6 +81,7 @@ class PrunedVLM:
                 dtype=dtype,
                 device=device,
                 quantization=quantization,
+                layout=layout,
                 progress=progress,
             )
         )
@@ -114,6 +102,11 @@ class PrunedVLM:
     @property
     def family(self) -> str:
         return self._family.name
+
+    @property
+    def layout(self) -> str:
+        """How visual tokens are packed: "native", as transformers does, or another of the family's."""
+        return self._family.layout
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -224,57 +217,18 @@ class PrunedVLM:
         should_stop: ShouldStop | None = None,
     ) -> list[Answer]:
         """Answer questions about media that were encoded before; the timings are those of then and now."""
-        asked = _Asked(encoded, tuple(questions), generation or GenerationOptions())
-        return _run(self._generate([asked], PeakMemory(self.device), should_stop), on_token)[0]
+        session = self.session()
+        request = session.prepare(Asked(encoded, tuple(questions), generation or GenerationOptions()))
+        session.join([request])
+        return _run(_stepped(session, [request], should_stop), on_token)[0]
+
+    def session(self, cache: EncodingCache | None = None) -> Session:
+        """A session of its own, for requests that join while others are being answered."""
+        return Session(self._family, self._decoder, cache)
 
     def _answers(self, requests: Sequence[VisualRequest], should_stop: ShouldStop | None) -> Answering:
-        memory = PeakMemory(self.device)
-        encoded = encode(self._family, [request.encoding() for request in requests])
-        memory.sample()
-        asked = [
-            _Asked(media, request.questions, request.generation)
-            for media, request in zip(encoded, requests, strict=True)
-        ]
-        return (yield from self._generate(asked, memory, should_stop))
-
-    def _generate(
-        self, asked: Sequence[_Asked], memory: PeakMemory, should_stop: ShouldStop | None
-    ) -> Answering:
-        watch = Stopwatch(self.device)
-        rows = [(place, number) for place, one in enumerate(asked) for number in range(len(one.questions))]
-        prompts = [self._prompt(asked[place], number) for place, number in rows]
-        prompts_ms = watch.lap_ms()
-        generation = self._decoder.generate(
-            prompts,
-            [asked[place].generation for place, _ in rows],
-            None if should_stop is None else lambda row: should_stop(rows[row][0]),
-        )
-        generated = yield from _events(generation, rows, memory)
-        answers: list[list[Answer]] = [[] for _ in asked]
-        for (place, _), outcome in zip(rows, generated, strict=True):
-            answers[place].append(self._answer(asked[place].encoded, outcome, prompts_ms, memory.sample()))
-        return answers
-
-    def _prompt(self, asked: _Asked, number: int) -> Prompt:
-        features = asked.encoded.features
-        kept = [len(tokens) for tokens in features]
-        ids = self._family.prompt_ids(asked.questions[number], asked.generation.system, kept)
-        return Prompt(ids, features)
-
-    def _answer(
-        self, encoded: EncodedMedia, outcome: Generated, prompts_ms: float, peak_bytes: int
-    ) -> Answer:
-        return Answer(
-            text=outcome.text,
-            token_ids=outcome.token_ids,
-            finish_reason=outcome.finish_reason,
-            prompt_tokens=outcome.prompt_tokens,
-            visual_tokens=encoded.visual_tokens,
-            timings=_timings(encoded.timings, outcome, prompts_ms),
-            memory=Memory(str(self.device), peak_bytes, outcome.kv_cache_bytes),
-            warnings=encoded.warnings,
-            token_map=encoded.token_map,
-        )
+        session = self.session()
+        return (yield from _stepped(session, session.ask(requests), should_stop))
 
 
 class AnswerStream(Iterator[str]):
@@ -304,18 +258,6 @@ class AnswerStream(Iterator[str]):
         if self._answer is None:
             raise InvalidOptionError("The answer is there once its text has been read to the end.")
         return self._answer
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """Questions about encoded media."""
-
-    encoded: EncodedMedia
-    questions: tuple[str, ...]
-    generation: GenerationOptions
-
-    def __post_init__(self) -> None:
-        _check_questions(self.questions)
 
 
 def visual_request(
@@ -357,25 +299,16 @@ def _decoded(medium: Medium) -> Picture | Clip:
     return open_media(medium)
 
 
-def _check_questions(questions: Sequence[str]) -> None:
-    if not questions:
-        raise InvalidOptionError("A request needs at least one question.")
-
-
-def _events(
-    generation: Generator[TokenEvent, None, list[Generated]],
-    rows: Sequence[tuple[int, int]],
-    memory: PeakMemory,
-) -> Generator[tuple[int, int, str], None, list[Generated]]:
-    """Name each row's events by its request and question, and look at the memory on the way."""
-    while True:
-        try:
-            row, text = next(generation)
-        except StopIteration as end:
-            generated: list[Generated] = end.value
-            return generated
-        memory.sample()
-        yield *rows[row], text
+def _stepped(session: Session, requests: Sequence[Pending], should_stop: ShouldStop | None) -> Answering:
+    """Step until all have been answered."""
+    places = {id(request): place for place, request in enumerate(requests)}
+    while session.pending:
+        for request in session.pending:
+            if should_stop is not None and should_stop(places[id(request)]):
+                request.cancel()
+        for request, number, text in session.step():
+            yield places[id(request)], number, text
+    return [session.answers(request) for request in requests]
 
 
 def _run(answering: Answering, on_token: OnToken | None) -> list[list[Answer]]:
@@ -387,18 +320,3 @@ def _run(answering: Answering, on_token: OnToken | None) -> list[list[Answer]]:
             return answers
         if on_token is not None and text:
             on_token(request, question, text)
-
-
-def _timings(encoded: Timings, outcome: Generated, prompts_ms: float) -> Timings:
-    """Writing prompts counts as preprocessing; the whole is the sum of its stages, decoding included."""
-    preprocess_ms = encoded.preprocess_ms + prompts_ms
-    encode_ms = encoded.decode_ms + preprocess_ms + encoded.vision_ms + encoded.select_ms
-    first_token_ms = encode_ms + outcome.prefill_ms
-    return replace(
-        encoded,
-        preprocess_ms=preprocess_ms,
-        prefill_ms=outcome.prefill_ms,
-        generate_ms=outcome.generate_ms,
-        time_to_first_token_ms=first_token_ms,
-        total_ms=first_token_ms + outcome.generate_ms,
-    )

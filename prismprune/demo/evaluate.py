@@ -7,36 +7,36 @@ them one by one would show.
 
 from __future__ import annotations
 
-import math
 import random
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
-from prismprune.budget import TokenBudget
+from prismprune.demo.assemble import CHAT_TEMPLATE
 from prismprune.demo.clips import draw_clip
 from prismprune.demo.easyvqa import EasyVQA
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
-from prismprune.demo.questions import HELD_OUT, Question, clip_questions, scene_questions
+from prismprune.demo.questions import HELD_OUT, clip_questions, scene_questions
 from prismprune.demo.scenes import draw_scene
+from prismprune.evaluation.compare import compare
+from prismprune.evaluation.report import Report, Setting
+from prismprune.evaluation.subjects import Question, Subject
 from prismprune.media import Clip, Picture, as_picture
-from prismprune.selection import Scores, selector
-from prismprune.selection.base import take
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
-    from torch import Tensor
-
-    from prismprune.families.base import Pixels, Reading
+    from prismprune.demo.clips import ClipScene
+    from prismprune.encoding import EncodedMedia
+    from prismprune.evaluation.compare import Marker
     from prismprune.vlm import PrunedVLM
+
+__all__ = ["CLIPS", "EASY_VQA_TEST", "SCENES", "SETTINGS", "Report", "Setting", "evaluate", "subjects"]
 
 SEED = 9_000_000  # far from any training seed
 SCENES, CLIPS, EASY_VQA_TEST = "scenes", "clips", "easy-vqa"
-Setting = tuple[str, int | None]
-"""(method, tokens kept of an image or clip); None keeps all."""
 SETTINGS: dict[str, tuple[Setting, ...]] = {
     SCENES: (
         ("none", None),
@@ -48,129 +48,68 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
 }
 
 
-@dataclass(slots=True)
-class Subject:
-    media: Picture | Clip
-    questions: list[Question]
-
-
-@dataclass(slots=True)
-class Tally:
-    """Right answers of one setting, by kind of question."""
-
-    right: Counter[str] = field(default_factory=Counter)
-    asked: Counter[str] = field(default_factory=Counter)
-
-    def add(self, kind: str, right: bool) -> None:
-        self.asked[kind] += 1
-        self.right[kind] += right
-
-    @property
-    def questions(self) -> int:
-        return self.asked.total()
-
-    @property
-    def accuracy(self) -> float:
-        return float(self.right.total() / self.questions)
-
-    @property
-    def margin(self) -> float:
-        """Half of the 95 % interval (normal approximation)."""
-        return 1.96 * math.sqrt(self.accuracy * (1 - self.accuracy) / self.questions)
-
-
-@dataclass(slots=True)
-class Report:
-    """Tallies by setting; `majority` is the accuracy of always giving a kind's commonest answer."""
-
-    suite: str
-    pictures: int = 0
-    tallies: dict[Setting, Tally] = field(default_factory=lambda: defaultdict(Tally))
-    answers: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-
-    @property
-    def majority(self) -> float:
-        commonest = sum(counter.most_common(1)[0][1] for counter in self.answers.values())
-        return commonest / sum(counter.total() for counter in self.answers.values())
-
-
 def subjects(suite: str, number: int) -> Iterator[Subject]:
     """`number` pictures or clips of `suite` with their questions, the same every time."""
     if suite == EASY_VQA_TEST:
         data = EasyVQA("test")
         for picture in data.pictures[:number]:
-            yield Subject(as_picture(data.image(picture)), data.questions[picture])
+            asked = tuple(data.questions[picture])
+            yield Subject(f"{suite}/{picture}", asked, partial(_easy_vqa, data, picture))
         return
     for index in range(number):
         rng = random.Random(SEED + index)
+        name = f"{suite}/{SEED + index}"
         if suite == SCENES:
             scene = draw_scene(rng)
-            yield Subject(as_picture(scene.image), scene_questions(rng, scene, 10, HELD_OUT))
+            asked = tuple(scene_questions(rng, scene, 10, HELD_OUT))
+            yield Subject(name, asked, partial(as_picture, scene.image))
         else:
             clip = draw_clip(rng)
-            times = tuple(float(i) for i in range(len(clip.frames)))
-            media = Clip(clip.frames, times, clip.frames[0].size, decode_ms=0.0)
-            yield Subject(media, clip_questions(rng, clip, 8, HELD_OUT))
+            yield Subject(name, tuple(clip_questions(rng, clip, 8, HELD_OUT)), partial(_as_clip, clip))
+
+
+def _easy_vqa(data: EasyVQA, picture: int) -> Picture:
+    return as_picture(data.image(picture))
+
+
+def _as_clip(clip: ClipScene) -> Clip:
+    times = tuple(float(i) for i in range(len(clip.frames)))
+    return Clip(clip.frames, times, clip.frames[0].size, decode_ms=0.0)
 
 
 def evaluate(
-    vlm: PrunedVLM, suite: str, number: int, settings: Sequence[Setting] | None = None
+    vlm: PrunedVLM,
+    suite: str,
+    number: int,
+    settings: Sequence[Setting] | None = None,
+    *,
+    results: Path | None = None,
 ) -> Iterator[Report]:
-    """Yield the growing report after each picture or clip; the last one is whole."""
+    """Yield the growing report after each picture or clip; the last one is whole. See `compare`."""
+    chosen = settings or SETTINGS[suite]
+    yield from compare(vlm, suite, subjects(suite, number), chosen, marker=packed(vlm), results=results)
+
+
+def is_demo(vlm: PrunedVLM) -> bool:
+    """Whether the model is prompted as the demo is, so that its questions can be packed."""
+    return bool(vlm.processor.chat_template == CHAT_TEMPLATE)
+
+
+def packed(vlm: PrunedVLM) -> Marker:
+    """Mark all questions about a picture in one pass of the language model, over one prefix."""
     packer = Packer(vlm.processor.tokenizer)
-    report = Report(suite)
-    for subject in subjects(suite, number):
-        for question in subject.questions:
-            report.answers[_baseline_key(question)][question.answer] += 1
-        for setting, right in _marks(vlm, packer, subject, settings or SETTINGS[suite]):
-            for question, mark in zip(subject.questions, right, strict=True):
-                report.tallies[setting].add(question.kind, mark)
-        report.pictures += 1
-        yield report
 
+    @torch.inference_mode()
+    def marker(questions: Sequence[Question], encoded: EncodedMedia) -> list[bool]:
+        parts = [visual.features for visual in encoded.visuals]
+        pack = packer.pack([questions], [len(part) for part in parts])
+        model = vlm.model
+        hidden = hidden_states(
+            model.model.language_model, model.get_input_embeddings().weight, pack, torch.cat(parts)
+        )
+        asked = pack.labels[0] != IGNORED
+        hits = model.lm_head(hidden[0, asked]).argmax(-1) == pack.labels[0, asked]
+        block = pack.block[0, asked]
+        return [bool(hits[block == number].all()) for number in range(len(questions))]
 
-def _baseline_key(question: Question) -> str:
-    """easy-VQA's questions are all of one kind here; its baseline goes by the wording."""
-    return question.text if question.kind == "easy_vqa" else question.kind
-
-
-@torch.inference_mode()
-def _marks(
-    vlm: PrunedVLM, packer: Packer, subject: Subject, settings: Sequence[Setting]
-) -> Iterator[tuple[Setting, list[bool]]]:
-    family = vlm._family  # noqa: SLF001 (one reading of the tower serves all settings)
-    (pixels,) = family.preprocess(family.views([subject.media]))
-    reading = family.read(pixels)
-    for setting in settings:
-        parts = [family.project(tokens) for tokens in _kept(reading, pixels, setting)]
-        yield setting, _right(vlm, packer, subject.questions, parts)
-
-
-def _kept(reading: Reading, pixels: Pixels, setting: Setting) -> list[Tensor]:
-    """Visual tokens [K, d] of each image or frame that stay under a method and budget."""
-    method, budget = setting
-    patches = reading.patches
-    if budget is None:
-        return list(patches)
-    shares = TokenBudget(tokens=budget).split([patches.shape[1]] * len(patches))
-    attention, choose = reading.attention(), selector(method)
-    kept = []
-    for row, share in enumerate(shares):
-        one = slice(row, row + 1)
-        chosen = choose(Scores(attention[one], patches[one], pixels.grid), share)
-        kept.append(take(patches[one], chosen.indices)[0])
-    return kept
-
-
-def _right(
-    vlm: PrunedVLM, packer: Packer, questions: Sequence[Question], parts: Sequence[Tensor]
-) -> list[bool]:
-    pack = packer.pack([questions], [len(part) for part in parts])
-    model = vlm.model
-    hidden = hidden_states(
-        model.model.language_model, model.get_input_embeddings().weight, pack, torch.cat(list(parts))
-    )
-    asked = pack.labels[0] != IGNORED
-    hits = model.lm_head(hidden[0, asked]).argmax(-1) == pack.labels[0, asked]
-    block = pack.block[0, asked]
-    return [bool(hits[block == number].all()) for number in range(len(questions))]
+    return marker

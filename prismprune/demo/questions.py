@@ -5,25 +5,20 @@ Every kind of question has phrasings for training and others, never trained on, 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from prismprune.demo.clips import DIRECTIONS, ClipScene
 from prismprune.demo.scenes import COLORS, SHAPES, Scene, Thing
+from prismprune.evaluation.subjects import Question
 
 if TYPE_CHECKING:
     import random
     from collections.abc import Callable, Iterable
 
+__all__ = ["HELD_OUT", "TRAINED", "Question", "clip_questions", "scene_questions"]
+
 SIDE_MARGIN = 0.07  # a thing nearer to the middle line than this is on no side
 APART = 0.1  # two things nearer than this along an axis have no order along it
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    kind: str
-    text: str
-    answer: str
 
 
 TRAINED: dict[str, tuple[str, ...]] = {

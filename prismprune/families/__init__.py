@@ -6,13 +6,17 @@ from typing import TYPE_CHECKING
 
 from prismprune.errors import UnknownModelError
 from prismprune.families.llava import LlavaFamily
+from prismprune.families.llava_next import LlavaNextFamily
+from prismprune.families.video_llava import VideoLlavaFamily
 
 if TYPE_CHECKING:
     from prismprune.families.base import Family
 
 __all__ = ["FAMILIES", "family_of"]
 
-FAMILIES: dict[str, type[Family]] = {"llava": LlavaFamily}
+FAMILIES: dict[str, type[Family]] = {
+    family.name: family for family in (LlavaFamily, LlavaNextFamily, VideoLlavaFamily)
+}
 """`model_type` of a transformers config to its adapter."""
 
 

@@ -7,19 +7,55 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from prismprune.errors import UnknownModelError
+from prismprune.errors import InvalidOptionError, UnknownModelError
+from prismprune.generation import Prompt
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from PIL.Image import Image
     from torch import Tensor
 
     from prismprune.media import Clip, Picture
+
+
+Box = tuple[int, int, int, int]
+Grid = tuple[int, int]
+"""Rows and columns of patches."""
+Modality = Literal["image", "video"]
+
+
+class Region(NamedTuple):
+    """A rectangle of a grid, in patches; `bottom` and `right` are the first that are outside."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+    @classmethod
+    def whole(cls, grid: Grid) -> Region:
+        """All of a grid."""
+        return cls(0, 0, *grid)
+
+    @property
+    def shape(self) -> Grid:
+        return self.bottom - self.top, self.right - self.left
+
+    @property
+    def area(self) -> int:
+        """Patches in it."""
+        rows, columns = self.shape
+        return rows * columns
+
+    def raster(self, grid: Grid) -> Tensor:
+        """Its patches [area] as raster indices of the grid, ascending."""
+        rows, columns = torch.arange(self.top, self.bottom), torch.arange(self.left, self.right)
+        return (rows[:, None] * grid[1] + columns).flatten()
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +77,22 @@ class View:
 class Pixels:
     """Preprocessed views of one size: values [B, 3, height, width], of the views at `places`.
 
-    `boxes` are what each view's patch grid covers: (left, top, right, bottom), in pixels of its original.
+    boxes: what each view's patch grid covers, (left, top, right, bottom) in pixels of its original; outside
+        of it where the view is padded.
+    modality: which of the family's towers reads them, where it has several.
+    candidates: the part of each view's grid that the model gets to see; None: all of every grid.
     """
 
     places: tuple[int, ...]
     values: Tensor
-    grid: tuple[int, int]
-    boxes: tuple[tuple[int, int, int, int], ...]
+    grid: Grid
+    boxes: tuple[Box, ...]
+    modality: Modality = "image"
+    candidates: tuple[Region, ...] | None = None
+
+    def region(self, row: int) -> Region:
+        """What the model gets to see of the view in that row."""
+        return Region.whole(self.grid) if self.candidates is None else self.candidates[row]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,31 +102,82 @@ class Reading:
     tokens: [B, prefix + N, d], what the projector takes when nothing is pruned; the first `prefix` are no
         patches (a CLS token that the checkpoint keeps).
     attention: computes [B, H, N], float32, one row a head; on call, so that its time counts as scoring.
+    keys: computes [B, H, N, head_dim], the keys of the patches in the block that `attention` is read from;
+        on call, as few methods ask for them.
     """
 
     tokens: Tensor
     prefix: int
     attention: Callable[[], Tensor]
+    keys: Callable[[], Tensor]
 
     @property
     def patches(self) -> Tensor:
-        """The candidates, [B, N, d]."""
+        """[B, N, d], in raster order."""
         return self.tokens[:, self.prefix :]
 
 
+@dataclass(frozen=True, slots=True)
+class KeptPart:
+    """What stays of one view.
+
+    kept: raster indices [K] into `grid`, ascending, on the CPU; None where nothing was pruned: then
+        `projected` is everything that the model sees of the view, in order, tokens that are no patches first.
+    candidates: the part of the grid that the model gets to see.
+    projected: [K, width], as the language model takes them.
+    """
+
+    view: View
+    grid: Grid
+    candidates: Region
+    kept: Tensor | None
+    projected: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Visual:
+    """What one placeholder of a prompt stands for.
+
+    features: [T, width], the tokens that take its place, in order; `newlines` of them are only layout.
+    positions: what the family needs to place its tokens, such as grid coordinates [3, T]; None: nothing.
+    """
+
+    modality: Modality
+    features: Tensor
+    newlines: int = 0
+    positions: Tensor | None = None
+
+
 class Family(ABC):
-    """A loaded model of one family, taken apart into the steps between which tokens are dropped."""
+    """A loaded model of one family, taken apart into the steps between which tokens are dropped.
+
+    layout: one of the family's `layouts`, how the survivors of a medium are packed; None: the first of them.
+
+    Raises `UnknownModelError` for a checkpoint that the adapter cannot serve, `InvalidOptionError` for a
+    layout that the family does not have.
+    """
 
     name: ClassVar[str]
-    modalities: ClassVar[tuple[str, ...]]
+    """The `model_type` of its transformers config."""
+    modalities: ClassVar[tuple[Modality, ...]]
+    layouts: ClassVar[tuple[str, ...]] = ("native",)
+    """"native" is token for token what transformers does."""
 
-    def __init__(self, model: Any, processor: Any) -> None:
+    def __init__(self, model: Any, processor: Any, layout: str | None = None) -> None:
         self.model = model
         self.processor = processor
+        self.layout = self.chosen_layout(layout)
         if getattr(processor, "chat_template", None) is None:
             raise UnknownModelError(
                 "The checkpoint has no chat template, so no prompt can be written for it."
             )
+
+    @classmethod
+    def chosen_layout(cls, layout: str | None) -> str:
+        """The layout of that name, the first for None; raises `InvalidOptionError` for an unknown one."""
+        if layout is not None and layout not in cls.layouts:
+            raise InvalidOptionError(f"The layout of {cls.name} is one of {', '.join(cls.layouts)}.")
+        return layout or cls.layouts[0]
 
     @staticmethod
     @abstractmethod
@@ -95,7 +191,7 @@ class Family(ABC):
 
     @abstractmethod
     def views(self, media: Sequence[Picture | Clip]) -> list[View]:
-        """The views of one request, one placeholder of the prompt each, in its order."""
+        """The views of one request, in the order of its media; raises `UnsupportedMediaError`."""
 
     @abstractmethod
     def preprocess(self, views: Sequence[View]) -> list[Pixels]:
@@ -107,54 +203,63 @@ class Family(ABC):
 
     @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:
-        """Visual tokens [K, d] to language model embeddings [K, width]."""
+        """Visual tokens [..., d] to language model embeddings [..., width]."""
+
+    def arrange(self, parts: Sequence[KeptPart]) -> list[Visual]:
+        """What the placeholders of one medium stand for, given what stays of its views: a picture a view."""
+        return [Visual("image", part.projected) for part in parts]
 
     @abstractmethod
-    def visual_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
-        """Arguments of the model's `forward` for projected `features`, one [K, width] a placeholder."""
+    def visual_inputs(self, visuals: Sequence[Visual]) -> dict[str, Any]:
+        """Arguments of the model's `forward` for the visuals of a batch of prompts, row by row."""
 
     @property
     @abstractmethod
-    def placeholder_id(self) -> int:
-        """Id of the token that stands for one visual token in a prompt."""
+    def placeholder_ids(self) -> Mapping[Modality, int]:
+        """Id of the token that stands for one visual token in a prompt, for each of the modalities."""
 
     @property
     @abstractmethod
     def tokens_per_image(self) -> int:
-        """Visual tokens of one picture before pruning."""
+        """Visual tokens of one (square) picture before pruning."""
 
-    def prompt_ids(self, question: str, system: str | None, kept: Sequence[int]) -> Tensor:
-        """Token ids [T] of the checkpoint's chat template, with `kept[i]` placeholders for view i.
+    def prompt(self, question: str, system: str | None, visuals: Sequence[Visual]) -> Prompt:
+        """The checkpoint's chat template, with as many placeholders as each of `visuals` has tokens.
 
         Control tokens inside the question or the system text are broken up, so that they are read as text.
+        Raises `UnknownModelError` if the template does not write one placeholder a visual.
         """
-        pictures = [{"type": "image"} for _ in kept]
-        messages = [
-            {"role": "user", "content": [*pictures, {"type": "text", "text": self._as_text(question)}]}
-        ]
+        ids = self._template_ids(question, system, visuals)
+        repeats = torch.ones_like(ids)
+        for modality, placeholder in self.placeholder_ids.items():
+            own = [visual for visual in visuals if visual.modality == modality]
+            marks = (ids == placeholder).nonzero().flatten()
+            if len(marks) != len(own):
+                raise UnknownModelError(
+                    f"The checkpoint's chat template writes {len(marks)} {modality} placeholders "
+                    f"for {len(own)} {modality}s."
+                )
+            repeats[marks] = torch.tensor([len(visual.features) for visual in own], dtype=torch.long)
+        return Prompt(ids.repeat_interleave(repeats), tuple(visuals))
+
+    def _template_ids(self, question: str, system: str | None, visuals: Sequence[Visual]) -> Tensor:
+        """Token ids [T] with a single placeholder a visual."""
+        media = [{"type": visual.modality} for visual in visuals]
+        messages = [{"role": "user", "content": [*media, {"type": "text", "text": self._as_text(question)}]}]
         if system is not None:
             text = {"type": "text", "text": self._as_text(system)}
             messages.insert(0, {"role": "system", "content": [text]})
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         tokenizer = self.processor.tokenizer
         has_start = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-        ids = torch.tensor(tokenizer(prompt, add_special_tokens=not has_start)["input_ids"])
-        return self._with_placeholders(ids, kept)
-
-    def _with_placeholders(self, ids: Tensor, kept: Sequence[int]) -> Tensor:
-        is_placeholder = ids == self.placeholder_id
-        written = int(is_placeholder.sum())
-        if written != len(kept):
-            raise UnknownModelError(
-                f"The checkpoint's chat template writes {written} image placeholders for {len(kept)} images."
-            )
-        repeats = torch.ones_like(ids)
-        repeats[is_placeholder] = torch.tensor(kept)
-        return ids.repeat_interleave(repeats)
+        return torch.tensor(tokenizer(prompt, add_special_tokens=not has_start)["input_ids"])
 
     def _as_text(self, text: str) -> str:
         tokenizer = self.processor.tokenizer
         special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        for token in special | {tokenizer.convert_ids_to_tokens(self.placeholder_id)}:
+        marks = {
+            tokenizer.convert_ids_to_tokens(placeholder) for placeholder in self.placeholder_ids.values()
+        }
+        for token in special | marks:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text

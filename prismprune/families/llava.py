@@ -13,11 +13,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prismprune.attention import BlockReading, read_block
 from prismprune.errors import UnknownModelError
-from prismprune.families.base import Family, Pixels, Reading, View
+from prismprune.families.base import Box, Family, Modality, Pixels, Reading, View, Visual
 from prismprune.media import Clip
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
@@ -28,7 +28,6 @@ CLS_TOWERS = ("clip_vision_model", "dinov2")
 VIEWS_PER_PASS = 64
 """Views that the tower takes at once; more only add memory for activations."""
 
-Box = tuple[int, int, int, int]
 Sizes = dict[str, dict[str, int]]
 
 
@@ -39,10 +38,10 @@ class LlavaFamily(Family):
     """
 
     name: ClassVar[str] = "llava"
-    modalities: ClassVar[tuple[str, ...]] = ("image", "video")
+    modalities: ClassVar[tuple[Modality, ...]] = ("image", "video")
 
-    def __init__(self, model: Any, processor: Any) -> None:
-        super().__init__(model, processor)
+    def __init__(self, model: Any, processor: Any, layout: str | None = None) -> None:
+        super().__init__(model, processor, layout)
         config = model.config
         if config.vision_config.model_type not in CLS_TOWERS:
             raise UnknownModelError(
@@ -60,7 +59,7 @@ class LlavaFamily(Family):
             )
 
     @staticmethod
-    def load(path: str, **options: Any) -> LlavaForConditionalGeneration:
+    def load(path: str, **options: Any) -> Any:
         return LlavaForConditionalGeneration.from_pretrained(path, **options)
 
     @staticmethod
@@ -69,18 +68,21 @@ class LlavaFamily(Family):
         return ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
     @property
-    def placeholder_id(self) -> int:
-        return int(self.model.config.image_token_id)
+    def placeholder_ids(self) -> dict[Modality, int]:
+        return {"image": self.model.config.image_token_id}
 
     @cached_property
     def tokens_per_image(self) -> int:
         blank = Image.new("RGB", (64, 64))
         rows, columns = self.preprocess([View(blank, blank.size, media=0)])[0].grid
-        return rows * columns + self._prefix
+        return rows * columns + self._prefix("image")
 
-    @property
-    def _prefix(self) -> int:
+    def _prefix(self, _modality: Modality) -> int:
+        """Tokens of a view that are no patches, but are projected with them when nothing is pruned."""
         return int(self.model.config.vision_feature_select_strategy == "full")
+
+    def _tower(self, _modality: Modality) -> Any:
+        return self.model.model.vision_tower
 
     def views(self, media: Sequence[Picture | Clip]) -> list[View]:
         views: list[View] = []
@@ -105,33 +107,36 @@ class LlavaFamily(Family):
         return pixels
 
     def _preprocess_at(self, edge: int | None, places: Sequence[int], views: Sequence[View]) -> list[Pixels]:
-        sizes = self._sizes(edge)
-        values = self.processor.image_processor([views[place].image for place in places], **sizes)[
-            "pixel_values"
-        ]
-        by_shape: dict[torch.Size, list[tuple[int, Tensor]]] = defaultdict(list)
-        for place, image in zip(places, map(torch.as_tensor, values), strict=True):
-            by_shape[image.shape].append((place, image))
-        return [self._together(group, views, sizes) for group in by_shape.values()]
-
-    def _together(self, group: list[tuple[int, Tensor]], views: Sequence[View], sizes: Sizes) -> Pixels:
-        places, images = zip(*group, strict=True)
-        tower = self.model.model.vision_tower
-        values = torch.stack(images)
-        grid = (values.shape[-2] // tower.config.patch_size, values.shape[-1] // tower.config.patch_size)
-        boxes = tuple(self._box(views[place].size, sizes, grid) for place in places)
-        return Pixels(places, values.to(tower.device, tower.dtype), grid, boxes)
-
-    def _sizes(self, edge: int | None) -> Sizes:
-        """`size` and, where the processor crops, `crop_size`; every length is `edge` if that is given."""
         processor = self.processor.image_processor
-        sizes = {"size": processor.size} if processor.do_resize else {}
-        if processor.do_center_crop:
-            sizes["crop_size"] = processor.crop_size
-        return {
-            name: {key: edge or length for key, length in dict(size).items() if length is not None}
-            for name, size in sizes.items()
-        }
+        sizes = sizes_of(processor, edge)
+        values = processor([views[place].image for place in places], **sizes)["pixel_values"]
+        return self._by_shape(places, map(torch.as_tensor, values), views, sizes)
+
+    def _by_shape(
+        self,
+        places: Iterable[int],
+        images: Iterable[Tensor],
+        views: Sequence[View],
+        sizes: Sizes,
+        modality: Modality = "image",
+    ) -> list[Pixels]:
+        """Views [3, height, width], processed at those `sizes`, together where they are of one shape."""
+        tower = self._tower(modality)
+        by_shape: dict[torch.Size, list[tuple[int, Tensor]]] = defaultdict(list)
+        for place, image in zip(places, images, strict=True):
+            by_shape[image.shape].append((place, image))
+        pixels = []
+        for shape, group in by_shape.items():
+            own, same = zip(*group, strict=True)
+            values = torch.stack(same).to(tower.device, tower.dtype)
+            grid = (shape[1] // self._patch_size, shape[2] // self._patch_size)
+            boxes = tuple(self._box(views[place].size, sizes, grid) for place in own)
+            pixels.append(Pixels(own, values, grid, boxes, modality))
+        return pixels
+
+    @property
+    def _patch_size(self) -> int:
+        return int(self.model.config.vision_config.patch_size)
 
     def _box(self, original: tuple[int, int], sizes: Sizes, grid: tuple[int, int]) -> Box:
         """What the patch grid covers, in pixels of the original: undoes the resize and the centre crop."""
@@ -141,8 +146,7 @@ class LlavaFamily(Family):
         # int() and the halves as transformers computes them; below zero where it pads.
         left = int((resized_width - crop["width"]) / 2)
         top = int((resized_height - crop["height"]) / 2)
-        patch = self.model.config.vision_config.patch_size
-        right, bottom = left + grid[1] * patch, top + grid[0] * patch
+        right, bottom = left + grid[1] * self._patch_size, top + grid[0] * self._patch_size
         across, down = width / resized_width, height / resized_height
         return (
             max(0, round(left * across)),
@@ -152,16 +156,17 @@ class LlavaFamily(Family):
         )
 
     def read(self, pixels: Pixels) -> Reading:
-        readings = [self._read_block(values) for values in torch.split(pixels.values, VIEWS_PER_PASS)]
+        tower, prefix = self._tower(pixels.modality), self._prefix(pixels.modality)
+        readings = [self._read_block(tower, values) for values in torch.split(pixels.values, VIEWS_PER_PASS)]
         hidden = torch.cat([reading.hidden for reading in readings])
         return Reading(
-            tokens=hidden[:, 1 - self._prefix :],
-            prefix=self._prefix,
+            tokens=hidden[:, 1 - prefix :],
+            prefix=prefix,
             attention=lambda: torch.cat([reading.cls_attention() for reading in readings]),
+            keys=lambda: torch.cat([_patch_keys(reading) for reading in readings]),
         )
 
-    def _read_block(self, values: Tensor) -> BlockReading:
-        tower = self.model.model.vision_tower
+    def _read_block(self, tower: Any, values: Tensor) -> BlockReading:
         blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
         block = blocks[self._block]
         attention = block.self_attn if hasattr(block, "self_attn") else block.attention
@@ -175,10 +180,27 @@ class LlavaFamily(Family):
         projected: Tensor = self.model.model.multi_modal_projector(tokens)
         return projected
 
-    def visual_inputs(self, features: Sequence[Tensor]) -> dict[str, Any]:
+    def visual_inputs(self, visuals: Sequence[Visual]) -> dict[str, Any]:
         # Typed as one tensor, but LLaVA takes (and gives) a sequence, so that views may differ in length.
-        encoded = BaseModelOutputWithPooling(pooler_output=tuple(features))  # type: ignore[arg-type]
-        return {"mm_encoder_outputs": {"image": encoded}}
+        features: Any = tuple(visual.features for visual in visuals)
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=features)}}
+
+
+def _patch_keys(reading: BlockReading) -> Tensor:
+    """Keys of the patches, [B, H, N, head_dim]."""
+    keys: Tensor = reading.keys[:, 1:].unflatten(2, (reading.heads, -1))
+    return keys.transpose(1, 2)
+
+
+def sizes_of(processor: Any, edge: int | None = None) -> Sizes:
+    """`size` and, where the processor crops, `crop_size`; every length is `edge` if that is given."""
+    sizes = {"size": processor.size} if processor.do_resize else {}
+    if processor.do_center_crop:
+        sizes["crop_size"] = processor.crop_size
+    return {
+        name: {key: edge or length for key, length in dict(size).items() if length is not None}
+        for name, size in sizes.items()
+    }
 
 
 def _resized(original: tuple[int, int], size: dict[str, int]) -> tuple[int, int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import torch
 
@@ -21,6 +21,8 @@ class Scores:
         the CLS query to each patch.
     features: [B, N, d], any floating dtype: those that the projector takes.
     grid: (rows, columns) of the patches in raster order, rows * columns = N; None where they form none.
+    keys: [B, H, N, head_dim], of the block that attention is read from.
+    projected: [B, N, width], the features as the language model gets them; None: `features` stand for them.
 
     Raises `InvalidScoresError` where the shapes do not belong together.
     """
@@ -28,6 +30,8 @@ class Scores:
     attention: Tensor
     features: Tensor
     grid: tuple[int, int] | None = None
+    keys: Tensor | None = None
+    projected: Tensor | None = None
 
     def __post_init__(self) -> None:
         attention, features = tuple(self.attention.shape), tuple(self.features.shape)
@@ -41,6 +45,15 @@ class Scores:
             )
         if self.grid is not None and self.grid[0] * self.grid[1] != features[1]:
             raise InvalidScoresError(f"A grid of {self.grid} does not hold {features[1]} patches.")
+        self._check("keys", self.keys, attention)
+        self._check("projected", self.projected, features[:2])
+
+    @staticmethod
+    def _check(name: str, values: Tensor | None, leading: tuple[int, ...]) -> None:
+        if values is not None and tuple(values.shape[:-1]) != leading:
+            raise InvalidScoresError(
+                f"{name} of shape {tuple(values.shape)} do not begin with {leading}, as the others do."
+            )
 
     @property
     def images(self) -> int:
@@ -52,6 +65,17 @@ class Scores:
         """N, the patches of each."""
         return self.features.shape[1]
 
+    def keys_of(self, method: str) -> Tensor:
+        """`keys`, for a method that cannot do without them; raises `InvalidScoresError` if there are none."""
+        if self.keys is None:
+            raise InvalidScoresError(f"{method} needs the keys of the block that attention is read from.")
+        return self.keys
+
+    @property
+    def embeddings(self) -> Tensor:
+        """`projected`, or the `features` that stand for them."""
+        return self.features if self.projected is None else self.projected
+
 
 @dataclass(frozen=True, slots=True)
 class Selection:
@@ -59,16 +83,25 @@ class Selection:
 
     indices: [B, K]. salient: [B, K_sal] and diverse: [B, K_div] part `indices` in two; both are None where
     the method does not tell them apart.
+    weights: [B, K, N], float32, of a method that merges: the token at `indices` becomes weights @ features.
+        None where the kept tokens stay as they are.
     """
 
     indices: Tensor
     salient: Tensor | None = None
     diverse: Tensor | None = None
+    weights: Tensor | None = None
 
     def image(self, index: int) -> Selection:
         """The selection of one image of the batch, without the dimension B."""
-        salient, diverse = (None if part is None else part[index] for part in (self.salient, self.diverse))
-        return Selection(self.indices[index], salient, diverse)
+        parts = (self.salient, self.diverse, self.weights)
+        return Selection(self.indices[index], *(None if part is None else part[index] for part in parts))
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """What stays, [B, K, d], of the `features` [B, N, d] that were selected from; merged or as it was."""
+        if self.weights is None:
+            return take(features, self.indices)
+        return (self.weights @ features.float()).to(features.dtype)
 
 
 class Selector(Protocol):
@@ -76,10 +109,16 @@ class Selector(Protocol):
 
     `k` of at least the number of patches keeps all, and 0 keeps none. An image's selection does not depend on
     its neighbours in the batch. Ties go to the lower raster index, on every device.
+
+    needs_keys, needs_projected: the method reads `Scores.keys` or `Scores.projected`, which are computed for
+    no other.
     """
 
-    @property
-    def name(self) -> str: ...
+    __slots__ = ()
+
+    name: ClassVar[str]
+    needs_keys: ClassVar[bool] = False
+    needs_projected: ClassVar[bool] = False
 
     def __call__(self, scores: Scores, k: int) -> Selection: ...
 
@@ -117,6 +156,16 @@ def take(features: Tensor, indices: Tensor) -> Tensor:
     """The tokens `indices` [B, K] of `features` [B, N, d]: [B, K, d]."""
     images = torch.arange(features.shape[0], device=features.device)
     return features[images.unsqueeze(1), indices]
+
+
+def directions(features: Tensor) -> Tensor:
+    """`features` [B, N, d] at length 1, as `exact` computes; those of length zero stay zero."""
+    return torch.nn.functional.normalize(exact(features), dim=2)
+
+
+def cosines(points: Tensor, others: Tensor) -> Tensor:
+    """Cosine of each of `points` [B, M, d] to each of `others` [B, S, d]: [B, M, S], float32."""
+    return (directions(points) @ directions(others).transpose(1, 2)).float()
 
 
 def check_range(option: str, value: object, low: float, high: float) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
 
-from prismprune.selection.base import Scores, Selection, check_choice, exact, head_variance
+from prismprune.selection.base import Scores, Selection, Selector, check_choice, cosines, head_variance
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ FPS_STARTS: tuple[FpsStart, ...] = get_args(FpsStart)
 
 
 @dataclass(frozen=True, slots=True)
-class Fps:
+class Fps(Selector):
     """FPS over every token; attention has a say in the first one only (`fps_start`, see `farthest_points`).
 
     Raises `InvalidOptionError` for an unknown start.
@@ -52,13 +52,13 @@ def farthest_points(
     images, size, _ = features.shape
     if k in (0, size):
         return torch.arange(k, device=features.device).expand(images, k)
-    points = _directions(features)
-    distance = _distances(points, points)  # [B, M, M]
+    # Subtracted in float32, on whose even grid near 1 the noise around equal and around orthogonal vanishes.
+    distance = 1 - cosines(features, features)  # [B, M, M]
     myself = torch.eye(size, dtype=torch.bool, device=features.device)
     if start == "most_isolated":
         first = distance.masked_fill(myself, torch.inf).amin(dim=2).argmax(dim=1)
     elif start == "farthest_from_salient" and salient is not None and salient.shape[1] > 0:
-        first = _distances(points, _directions(salient)).amin(dim=2).argmax(dim=1)
+        first = (1 - cosines(features, salient)).amin(dim=2).argmax(dim=1)
     else:
         first = variance.argmax(dim=1)  # of equal values the first, as torch documents
     return _spread(distance.masked_fill(myself, -torch.inf), first, k)
@@ -73,14 +73,5 @@ def _spread(distance: Tensor, first: Tensor, k: int) -> Tensor:
     nearest = rows[first_row + first]  # [B, M]: each token's distance to its nearest picked one
     for _ in range(k - 1):
         picks.append(nearest.argmax(dim=1))
-        torch.minimum(nearest, rows[first_row + picks[-1]], out=nearest)
+        nearest = torch.minimum(nearest, rows[first_row + picks[-1]])
     return torch.stack(picks, dim=1).sort(dim=1).values
-
-
-def _directions(features: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(exact(features), dim=2)
-
-
-def _distances(points: Tensor, others: Tensor) -> Tensor:
-    # Subtracted in float32, on whose even grid near 1 the noise around equal and around orthogonal vanishes.
-    return 1 - (points @ others.transpose(1, 2)).float()

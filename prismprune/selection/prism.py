@@ -12,6 +12,7 @@ from prismprune.budget import ROUNDING
 from prismprune.selection.base import (
     Scores,
     Selection,
+    Selector,
     check_choice,
     check_range,
     head_mean,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Prism:
+class Prism(Selector):
     """Half of the budget by attention's mean over heads, half by farthest point sampling (FPS).
 
     salient_share: the salient part of the budget, 0 (diversity only) to 1 (saliency only).

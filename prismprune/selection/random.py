@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from prismprune.selection.base import Scores, Selection, check_seed
+from prismprune.selection.base import Scores, Selection, Selector, check_seed
 
 
 @dataclass(frozen=True, slots=True)
-class Random:
+class Random(Selector):
     """The first `k` tokens of a permutation that `seed` (0 to 2**63 - 1) and the number of tokens decide.
 
     The same for every image of that size, in any batch and on every device. Raises `InvalidOptionError` for a

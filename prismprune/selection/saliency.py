@@ -1,15 +1,19 @@
-"""The most attended tokens: the salient half of PrismPrune alone."""
+"""The most attended tokens: FasterVLM (arXiv 2412.01818, first version), and PrismPrune's salient half alone.
+
+As there: attention of the CLS query in the block whose output is used, averaged over heads, and the top K.
+For towers without CLS it is what each patch receives on average. Not done: nothing is left out.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
-from prismprune.selection.base import Scores, Selection, head_mean, highest
+from prismprune.selection.base import Scores, Selection, Selector, head_mean, highest
 
 
 @dataclass(frozen=True, slots=True)
-class Saliency:
+class Saliency(Selector):
     """The tokens with the highest mean attention over heads."""
 
     name: ClassVar[str] = "saliency"

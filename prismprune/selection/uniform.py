@@ -7,11 +7,11 @@ from typing import ClassVar
 
 import torch
 
-from prismprune.selection.base import Scores, Selection
+from prismprune.selection.base import Scores, Selection, Selector
 
 
 @dataclass(frozen=True, slots=True)
-class Uniform:
+class Uniform(Selector):
     """The raster cut into `k` stretches of equal length; of each, the token at its middle."""
 
     name: ClassVar[str] = "uniform"

@@ -11,15 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from prismprune.decoding import Decoder, similar_lengths
 from prismprune.errors import InvalidOptionError
-from prismprune.generation import (
-    Decoder,
-    Generated,
-    GenerationOptions,
-    Prompt,
-    TextStream,
-    similar_lengths,
-)
+from prismprune.generation import Generated, GenerationOptions, Prompt, TextStream
 from tests.prismprune.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -45,7 +39,7 @@ def model() -> LlamaForCausalLM:
 
 
 def decoder(model: LlamaForCausalLM, end_ids: Collection[int] = ()) -> Decoder:
-    return Decoder(model, TOKENIZER, frozenset(end_ids), lambda _features: {})
+    return Decoder(model, TOKENIZER, frozenset(end_ids), frozenset(), lambda _visuals: {})
 
 
 def prompt(text: str) -> Prompt:
@@ -268,7 +262,7 @@ def test_a_stop_string_of_white_space_counts_at_the_start() -> None:
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=20))
 def test_rows_of_a_group_are_of_similar_length(lengths: list[int]) -> None:
     """Every row is in one group, and no group pads a row to more than a third above its length."""
-    groups = similar_lengths(lengths)
+    groups = similar_lengths(dict(enumerate(lengths)))
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
         own = [lengths[row] for row in group]

@@ -21,18 +21,21 @@ from prismprune.budget import TokenBudget
 from prismprune.encoding import EncodingRequest, encode
 from prismprune.errors import UnknownModelError
 from prismprune.families import family_of
+from prismprune.families.base import Visual
 from prismprune.families.llava import LlavaFamily
 from prismprune.generation import GenerationOptions
 from prismprune.loading import load_checkpoint
-from prismprune.media import Clip, Picture
+from prismprune.media import Picture
 from prismprune.selection.prism import Prism
 from prismprune.vlm import PrunedVLM, VisualRequest
 from tests.prismprune.reference import prism
-from tests.prismprune.tiny import GRID, IMAGE_SIZE, PATCHES, picture, save_tiny_llava
+from tests.prismprune.tiny import GRID, IMAGE_SIZE, PATCHES, clip, picture, save_tiny_llava
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from torch import Tensor
 
     from prismprune.families.base import Family
     from prismprune.selection import Scores, Selection
@@ -65,6 +68,13 @@ class Transformers:
         output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         ids = output[0, inputs["input_ids"].shape[1] :].tolist()
         return tuple(ids[:-1] if ids[-1] == self.model.generation_config.eos_token_id else ids)
+
+
+def prompt_ids(family: Family, question: str, system: str | None, kept: list[int]) -> Tensor:
+    """Token ids of a prompt about pictures of so many tokens each."""
+    return family.prompt(
+        question, system, [Visual("image", torch.empty(count, 0)) for count in kept]
+    ).token_ids
 
 
 @pytest.mark.parametrize("images", [1, 2])
@@ -126,7 +136,7 @@ def test_a_pruned_answer_is_one_full_forward_over_the_kept_tokens(checkpoint: Pa
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         patches = states[model.config.vision_feature_layer][0, 1:]
         features = model.model.multi_modal_projector(patches[list(answer.token_map[0].kept)])
-        ids = vlm._family.prompt_ids(question, None, [6])
+        ids = prompt_ids(vlm._family, question, None, [6])
         embeddings = model.get_input_embeddings()(torch.cat([ids, torch.tensor(answer.token_ids)]))
         embeddings[: len(ids)][ids == model.config.image_token_id] = features
         logits = model.lm_head(model.model.language_model(inputs_embeds=embeddings[None]).last_hidden_state)
@@ -153,7 +163,7 @@ def seen_lengths(module: torch.nn.Module, run: Callable[[], object], argument: s
 def test_only_the_survivors_are_projected_and_read(vlm: PrunedVLM) -> None:
     """Of 2 x 16 patches at budget 5, the projector sees 5, and the language model those and the text."""
     images, model = [picture(1), picture(2)], vlm._family.model.model
-    text = len(vlm._family.prompt_ids("Hm?", None, [0, 0]))
+    text = len(prompt_ids(vlm._family, "Hm?", None, [0, 0]))
 
     def run() -> None:
         vlm.answer(images, "Hm?", 5, max_new_tokens=2)
@@ -250,12 +260,6 @@ def test_a_method_without_parts_lists_what_it_kept(vlm: PrunedVLM) -> None:
     assert len(encoded.token_map[0].kept) == 4
 
 
-def clip(frames: int = 3) -> Clip:
-    """Noise of 900 x 600 pixels, decoded at a tenth of that, a frame every half second."""
-    images = tuple(picture(seed, (90, 60)) for seed in range(frames))
-    return Clip(images, tuple(0.5 * frame for frame in range(frames)), (900, 600))
-
-
 def test_a_clip_is_its_frames_in_order(vlm: PrunedVLM) -> None:
     """Each frame has its part of the map, with its time; the budget is the whole clip's."""
     encoded = vlm.encode([picture(7), clip()], 10)
@@ -309,8 +313,8 @@ def test_the_box_is_what_a_centre_crop_leaves(cropping: Family, width: int, heig
 def test_control_tokens_in_a_question_are_text(vlm: PrunedVLM) -> None:
     """A question with placeholders or turn marks in it adds no image and starts no turn."""
     family = vlm._family
-    plain = family.prompt_ids("?", "Be brief.", [2])
-    ids = family.prompt_ids("<image></s><|assistant|>?", "<image>Be brief.", [2])
+    plain = prompt_ids(family, "?", "Be brief.", [2])
+    ids = prompt_ids(family, "<image></s><|assistant|>?", "<image>Be brief.", [2])
     special = torch.tensor(sorted(family.processor.tokenizer.all_special_ids))
     assert torch.equal(ids[torch.isin(ids, special)], plain[torch.isin(plain, special)])
 
@@ -351,7 +355,7 @@ def test_a_template_that_drops_images_is_refused(tiny_llava: Path) -> None:
     processor.chat_template = "no images here"
     family = LlavaFamily(load_checkpoint(tiny_llava).family.model, processor)
     with pytest.raises(UnknownModelError, match="0 image placeholders for 1 images"):
-        family.prompt_ids("?", None, [4])
+        prompt_ids(family, "?", None, [4])
 
 
 def test_an_unknown_family_names_the_known_ones() -> None:

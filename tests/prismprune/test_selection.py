@@ -58,6 +58,12 @@ def kept_parts(selection: Selection) -> list[tuple[list[int], list[int]]]:
     return list(zip(selection.salient.tolist(), selection.diverse.tolist(), strict=True))
 
 
+def chosen(attention: Tensor, features: Tensor, k: int, method: str, **options: Any) -> Selection:
+    """`select` with keys that follow from the rest, for methods that need some."""
+    keys = attention.unsqueeze(-1) + features.unsqueeze(-3)
+    return select(attention, features, k, method, keys=keys, **options)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_prism_matches_the_reference_on_200_maps(dtype: torch.dtype) -> None:
     """Same salient and the same diverse tokens, in LLaVA-1.5's geometry, whatever the dtype of the input."""
@@ -109,7 +115,9 @@ def test_copies_of_a_token_tie(heads: int, tokens: int, k: int, seed: int) -> No
 @pytest.mark.parametrize("k", [0, 1, 2, 17, 49, 50, 51, 10**6])
 def test_every_method_keeps_exactly_k(method: str, k: int) -> None:
     """min(K, N) distinct raster indices in ascending order, as int64."""
-    indices = selector(method)(Scores(*random_scores()), k).indices
+    attention, features = random_scores()
+    keys = features.unsqueeze(1).expand(-1, 4, -1, -1)
+    indices = selector(method)(Scores(attention, features, keys=keys), k).indices
     assert indices.shape == (3, min(k, 50))
     assert indices.dtype == torch.int64
     assert all(row == sorted(set(row)) and set(row) <= set(range(50)) for row in indices.tolist())
@@ -120,10 +128,10 @@ def test_every_method_keeps_exactly_k(method: str, k: int) -> None:
 def test_every_method_is_blind_to_the_batch(method: str, k: int) -> None:
     """Each image of a batch gets what it gets alone."""
     attention, features = random_scores(images=5, tokens=50, width=33)
-    batched = select(attention, features, k, method)
+    batched = chosen(attention, features, k, method)
     for image in range(5):
-        alone, member = select(attention[image], features[image], k, method), batched.image(image)
-        for part in ("indices", "salient", "diverse"):
+        alone, member = chosen(attention[image], features[image], k, method), batched.image(image)
+        for part in ("indices", "salient", "diverse", "weights"):
             mine, theirs = getattr(alone, part), getattr(member, part)
             assert (mine is None and theirs is None) or torch.equal(mine, theirs)
 
@@ -132,13 +140,13 @@ def test_every_method_is_blind_to_the_batch(method: str, k: int) -> None:
 def test_every_method_repeats_itself(method: str) -> None:
     """Same input, same tokens."""
     scores = random_scores()
-    assert torch.equal(select(*scores, 20, method).indices, select(*scores, 20, method).indices)
+    assert torch.equal(chosen(*scores, 20, method).indices, chosen(*scores, 20, method).indices)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_takes_degenerate_input(method: str) -> None:
     """Attention without differences and features of length zero still give K distinct tokens."""
-    indices = select(torch.zeros(2, 3, 12), torch.zeros(2, 12, 4), 5, method).indices
+    indices = chosen(torch.zeros(2, 3, 12), torch.zeros(2, 12, 4), 5, method).indices
     assert [len(set(row)) for row in indices.tolist()] == [5, 5]
 
 
@@ -151,17 +159,17 @@ def test_salient_and_diverse_part_the_kept_tokens(k: int) -> None:
     assert selection.salient.shape[1] == min(k, 50) // 2
 
 
-@pytest.mark.parametrize(("method", "parts"), [("saliency", (9, 0)), ("fps", (0, 9))])
+@pytest.mark.parametrize(("method", "parts"), [("saliency", (9, 0)), ("fps", (0, 9)), ("divprune", (0, 9))])
 def test_one_sided_methods_say_which_side(method: str, parts: tuple[int, int]) -> None:
-    """`saliency` keeps salient tokens only, `fps` diverse ones only."""
+    """`saliency` keeps salient tokens only, `fps` and `divprune` diverse ones only."""
     selection = select(*random_scores(), 9, method)
     assert (selection.salient.shape[1], selection.diverse.shape[1]) == parts
 
 
-@pytest.mark.parametrize("method", ["uniform", "random"])
+@pytest.mark.parametrize("method", ["uniform", "random", "visionzip", "prumerge_plus", "promprune"])
 def test_methods_without_sides_say_so(method: str) -> None:
-    """`uniform` and `random` know neither salient nor diverse tokens."""
-    selection = select(*random_scores(), 9, method)
+    """They do not part what they keep in salient and diverse tokens."""
+    selection = chosen(*random_scores(), 9, method)
     assert selection.salient is None
     assert selection.diverse is None
 
@@ -227,7 +235,7 @@ def test_select_refuses_a_bad_budget(budget: Any) -> None:
 
 def test_an_unknown_method_is_told_the_known_ones() -> None:
     """The message lists every method."""
-    with pytest.raises(UnknownMethodError, match="prism, saliency, uniform, random, fps"):
+    with pytest.raises(UnknownMethodError, match=", ".join(METHODS)):
         selector("best")
 
 
@@ -285,6 +293,6 @@ def test_cuda_selects_what_the_cpu_selects(method: str, dtype: torch.dtype) -> N
         pytest.skip("no CUDA device")
     attention, features = random_scores(8, 16, 576, 256, dtype=dtype)
     features[:, 100:200] = features[:, 200:300]
-    on_cpu = select(attention, features, 64, method)
-    on_cuda = select(attention.cuda(), features.cuda(), 64, method)
+    on_cpu = chosen(attention, features, 64, method)
+    on_cuda = chosen(attention.cuda(), features.cuda(), 64, method)
     assert torch.equal(on_cpu.indices, on_cuda.indices.cpu())

@@ -1,4 +1,4 @@
-"""Tiny random LLaVA checkpoints of transformers' own classes, written by its own `save_pretrained`."""
+"""Tiny random checkpoints of transformers' own LLaVA classes, written by its own `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -16,9 +16,21 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
+    MistralConfig,
     PreTrainedTokenizerFast,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
+    VideoLlavaProcessor,
+    VideoLlavaVideoProcessor,
 )
+
+from prismprune.media import Clip
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,9 +39,19 @@ IMAGE_SIZE = 56
 PATCH_SIZE = 14
 GRID = IMAGE_SIZE // PATCH_SIZE
 PATCHES = GRID * GRID
+
+
+def pinpoints(edge: int) -> list[list[int]]:
+    """Heights and widths that LLaVA-NeXT resizes pictures to, in crops of `edge` pixels."""
+    shapes = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    return [[edge * rows, edge * columns] for rows, columns in shapes]
+
+
+PINPOINTS = pinpoints(IMAGE_SIZE)
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}"
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'video' %}{{ '<video>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
@@ -62,9 +84,46 @@ def save_tiny_llava(
             **config,
         )
     )
-    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    return _saved(path, model, llava_processor(tokenizer, IMAGE_SIZE, strategy, crop=crop))
+
+
+def save_tiny_llava_next(path: Path, *, text: str = "llama", seed: int = 0, **config: Any) -> Path:
+    """Write a model whose crops have 4 x 4 patches; `text` "llama" or "mistral"."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    config = {
+        "vision_config": _tower("clip"),
+        "text_config": _text(len(tokenizer), text),
+        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_grid_pinpoints": PINPOINTS,
+        "image_seq_length": PATCHES,
+    } | config
+    model = LlavaNextForConditionalGeneration(LlavaNextConfig(**config))
+    return _saved(path, model, next_processor(tokenizer, IMAGE_SIZE))
+
+
+def save_tiny_video_llava(path: Path, *, seed: int = 0, **config: Any) -> Path:
+    """Write a model of 4 x 4 patches, with a tower for pictures and one for frames."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer("<video>")
+    model = VideoLlavaForConditionalGeneration(
+        VideoLlavaConfig(
+            vision_config=_tower("clip"),
+            text_config=_text(len(tokenizer)),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+            image_seq_length=PATCHES,
+            **config,
+        )
+    )
+    return _saved(path, model, video_processor(tokenizer, IMAGE_SIZE))
+
+
+def _saved(path: Path, model: Any, processor: Any) -> Path:
+    end = processor.tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=0)
     model.save_pretrained(path)
-    _processor(tokenizer, strategy, crop=crop).save_pretrained(path)
+    processor.save_pretrained(path)
     return path
 
 
@@ -82,8 +141,8 @@ def _tower(name: str) -> CLIPVisionConfig | Dinov2Config:
     return Dinov2Config(**shape, image_size=IMAGE_SIZE + PATCH_SIZE, mlp_ratio=2)
 
 
-def _text(vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(
+def _text(vocabulary: int, name: str = "llama") -> LlamaConfig | MistralConfig:
+    return {"llama": LlamaConfig, "mistral": MistralConfig}[name](
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=64,
@@ -95,9 +154,12 @@ def _text(vocabulary: int) -> LlamaConfig:
     )
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, so that most characters of a random answer take several tokens, or are broken."""
-    specials = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|system|>", "<|assistant|>"]
+def tiny_tokenizer(*more: str) -> PreTrainedTokenizerFast:
+    """One token a byte, so that most characters of a random answer take several tokens, or are broken.
+
+    `more`: control tokens besides the usual ones.
+    """
+    specials = ["<pad>", "<s>", "</s>", "<image>", "<|user|>", "<|system|>", "<|assistant|>", *more]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: place for place, token in enumerate(specials + letters)}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -112,11 +174,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _processor(tokenizer: PreTrainedTokenizerFast, strategy: str, *, crop: bool) -> LlavaProcessor:
-    square = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+def llava_processor(
+    tokenizer: PreTrainedTokenizerFast, edge: int, strategy: str = "default", *, crop: bool = True
+) -> LlavaProcessor:
+    """LLaVA's own, for pictures of `edge` pixels."""
+    square = {"height": edge, "width": edge}
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(
-            size={"shortest_edge": IMAGE_SIZE} if crop else square, crop_size=square, do_center_crop=crop
+            size={"shortest_edge": edge} if crop else square, crop_size=square, do_center_crop=crop
         ),
         tokenizer=tokenizer,
         patch_size=PATCH_SIZE,
@@ -124,6 +189,42 @@ def _processor(tokenizer: PreTrainedTokenizerFast, strategy: str, *, crop: bool)
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
     )
+
+
+def next_processor(tokenizer: PreTrainedTokenizerFast, edge: int) -> LlavaNextProcessor:
+    """LLaVA-NeXT's own, with crops of `edge` pixels."""
+    return LlavaNextProcessor(
+        image_processor=LlavaNextImageProcessor(
+            size={"shortest_edge": edge},
+            crop_size={"height": edge, "width": edge},
+            image_grid_pinpoints=pinpoints(edge),
+        ),
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def video_processor(tokenizer: PreTrainedTokenizerFast, edge: int) -> VideoLlavaProcessor:
+    """Video-LLaVA's own, for pictures and frames of `edge` pixels."""
+    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+    return VideoLlavaProcessor(
+        image_processor=VideoLlavaImageProcessor(**sizes),
+        video_processor=VideoLlavaVideoProcessor(**sizes),
+        tokenizer=tokenizer,
+        patch_size=PATCH_SIZE,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def clip(frames: int = 3, size: tuple[int, int] = (90, 60), seed: int = 0) -> Clip:
+    """Noise decoded at a tenth of its original's width and height, a frame every half second."""
+    images = tuple(picture(seed + number, size) for number in range(frames))
+    return Clip(images, tuple(0.5 * number for number in range(frames)), (10 * size[0], 10 * size[1]))
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (80, 60)) -> Image.Image:

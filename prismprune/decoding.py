@@ -1,0 +1,332 @@
+"""Rows of one batch that join and leave between two steps: prefill, cache, and what their prompts share.
+
+transformers' continuous batching takes token ids alone, and a pruned prompt is embeddings; its caches and the
+models' own `forward` do the work here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import DynamicCache
+
+from prismprune.generation import Prefilled, Row
+from prismprune.meters import Stopwatch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Mapping, Sequence
+
+    from torch import Tensor
+
+    from prismprune.families.base import Visual
+    from prismprune.generation import Generated, GenerationOptions, Prompt
+
+TokenEvent = tuple[Row, str]
+"""A row has a new token; the text that is settled by it, often none."""
+SIMILAR = 0.75
+"""Prompts are prefilled together while the shortest has this share of the longest: padding is work, too."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Generates with one model.
+
+    end_ids: tokens that end an answer. placeholder_ids: tokens that stand for visual ones. visual_inputs: the
+    visuals of a batch, row by row, to arguments of the model's `forward`.
+    """
+
+    model: Any
+    tokenizer: Any
+    end_ids: frozenset[int]
+    placeholder_ids: frozenset[int]
+    visual_inputs: Callable[[Sequence[Visual]], dict[str, Any]]
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        options: Sequence[GenerationOptions],
+        should_stop: Callable[[int], bool] | None = None,
+    ) -> Generator[tuple[int, str], None, list[Generated]]:
+        """Answer all prompts in one batch, with an event a token; the generator's value are the outcomes.
+
+        `should_stop(row)` is asked before each token of a row; True ends it as "canceled".
+        """
+        running = Running(self)
+        rows = running.join(prompts, options)
+        places = {id(row): place for place, row in enumerate(rows)}
+        while running.rows:
+            if should_stop is not None:
+                for place, row in enumerate(rows):
+                    if row.finish_reason is None and should_stop(place):
+                        row.cancel()
+            for row, text in running.step():
+                yield places[id(row)], text
+        return [row.outcome() for row in rows]
+
+
+class Running:
+    """Answers in the making: rows join while others decode, and leave at their end.
+
+    A step either chooses the first tokens of all that joined since the last one, from what their prefill has
+    computed, or feeds every row's last token for its next. One thread at a time may use it.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._watch = Stopwatch(decoder.model.device)
+        self._now_ms = 0.0
+        self._batch: Batch | None = None
+        self._decoding: list[Row] = []
+        self._joining: list[tuple[list[Row], Batch, Tensor]] = []
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that have not ended."""
+        return [*self._decoding, *(row for rows, *_ in self._joining for row in rows)]
+
+    @torch.inference_mode()
+    def join(self, prompts: Sequence[Prompt], options: Sequence[GenerationOptions]) -> list[Row]:
+        """Prefill the prompts and take them in; returns their rows.
+
+        Prompts that begin alike and show the very same `Visual`s have that beginning computed once.
+        """
+        began_ms = self._tick()
+        batch, logits = _prefill(self._decoder, prompts)
+        prefill_ms = self._tick() - began_ms
+        rows = [
+            Row(
+                self._decoder.tokenizer,
+                own,
+                Prefilled(len(prompt.token_ids), batch.token_bytes, prefill_ms, self._now_ms),
+            )
+            for prompt, own in zip(prompts, options, strict=True)
+        ]
+        self._joining.append((rows, batch, logits))
+        return rows
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenEvent]:
+        """A token for every row, or the first one for those that joined, with the text settled by it.
+
+        Rows that end by it leave; one that was canceled leaves without a token.
+        """
+        if self._joining:
+            rows, batch, logits = self._joining.pop(0)
+            events = self._take(rows, logits)
+            self._admit(rows, batch)
+            return events
+        self._dismiss()
+        if self._batch is None:
+            return []
+        logits = self._batch.step(self._decoder.model, [row.token_ids[-1] for row in self._decoding])
+        events = self._take(self._decoding, logits)
+        self._dismiss()
+        return events
+
+    def _take(self, rows: Sequence[Row], logits: Tensor) -> list[TokenEvent]:
+        likeliest = logits.argmax(-1).tolist()
+        now_ms = self._tick()
+        return [
+            (row, row.take(scores, token, self._decoder.end_ids, now_ms))
+            for row, scores, token in zip(rows, logits, likeliest, strict=True)
+            if row.finish_reason is None
+        ]
+
+    def _admit(self, rows: Sequence[Row], batch: Batch) -> None:
+        staying = [place for place, row in enumerate(rows) if row.finish_reason is None]
+        if staying:
+            batch.keep(staying)
+            self._decoding += [rows[place] for place in staying]
+            self._batch = batch if self._batch is None else joined([self._batch, batch])
+
+    def _dismiss(self) -> None:
+        """Drop the rows that have ended."""
+        staying = [place for place, row in enumerate(self._decoding) if row.finish_reason is None]
+        self._decoding = [self._decoding[place] for place in staying]
+        if self._batch is not None and staying:
+            self._batch.keep(staying)
+        else:
+            self._batch = None
+
+    def _tick(self) -> float:
+        self._now_ms += self._watch.lap_ms()
+        return self._now_ms
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows that decode together.
+
+    mask: [B, T] over the cache, 0 for padding. next_positions: [B], of each row's next token. axes: rows of
+    position ids that the model takes, 3 for M-RoPE; None: one, which has no dimension of its own.
+    """
+
+    cache: DynamicCache
+    mask: Tensor
+    next_positions: Tensor
+    axes: int | None
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token of one row takes in the cache: 2 * layers * kv heads * head_dim * itemsize."""
+        tensors: list[Tensor] = [tensor for layer in self.cache for tensor in layer[:2]]
+        return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows, in this order; one may come several times. Padding that all share goes."""
+        if rows == list(range(len(self.mask))):
+            return
+        places = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(places)
+        self.mask, self.next_positions = self.mask[places], self.next_positions[places]
+        if spare := int(self.mask.any(dim=0).int().argmax()):
+            self.mask = self.mask[:, spare:]
+            for layer in self.cache.layers:
+                cached: Any = layer  # a `DynamicCache` made without a config has layers of one kind
+                cached.keys, cached.values = cached.keys[:, :, spare:], cached.values[:, :, spare:]
+
+    def step(self, model: Any, tokens: list[int]) -> Tensor:
+        """Feed one token a row; logits [B, vocabulary] of the next."""
+        ids = torch.tensor(tokens, device=self.mask.device)[:, None]
+        positions = self.next_positions[:, None]
+        if self.axes is not None:
+            positions = positions.expand(self.axes, -1, -1)
+        self.next_positions = self.next_positions + 1
+        return self.extend(model, ids, torch.ones_like(ids), positions)
+
+    def extend(
+        self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, **visual_inputs: Any
+    ) -> Tensor:
+        """Feed `ids` [B, L], 0 in `mask` [B, L] for padding on the left; logits [B, vocabulary] after them.
+
+        positions: [B, L], or [axes, B, L].
+        """
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        output = model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **visual_inputs,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of all rows, padded on the left to the longest."""
+    if len(batches) == 1:
+        return batches[0]
+    length = max(batch.mask.shape[1] for batch in batches)
+    cache = DynamicCache()
+    for layers in zip(*(batch.cache.layers for batch in batches), strict=True):
+        keys, values = (
+            torch.cat([pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
+            for tensors in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
+        )
+        cache.update(keys, values, len(cache.layers))
+    masks = [pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in batches]
+    positions = torch.cat([batch.next_positions for batch in batches])
+    return Batch(cache, torch.cat(masks), positions, batches[0].axes)
+
+
+def _prefill(decoder: Decoder, prompts: Sequence[Prompt]) -> tuple[Batch, Tensor]:
+    """Run the prompts through the model: their batch, and logits [B, vocabulary] of the first tokens."""
+    alone: list[int] = []
+    parts: list[tuple[list[int], Batch, Tensor]] = []
+    for rows, length in _common_beginnings(decoder, prompts):
+        if len(rows) == 1:
+            alone += rows
+        else:
+            parts.append((rows, *_prefill_shared(decoder, [prompts[row] for row in rows], length)))
+    parts += [
+        (group, *_extended(decoder, None, [prompts[row] for row in group], 0))
+        for group in similar_lengths({row: len(prompts[row].token_ids) for row in alone})
+    ]
+    batch = joined([part for _, part, _ in parts])
+    order = torch.tensor([row for rows, *_ in parts for row in rows]).argsort().tolist()
+    batch.keep(order)
+    return batch, torch.cat([logits for *_, logits in parts])[order]
+
+
+def _common_beginnings(decoder: Decoder, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
+    """Rows about the very same visuals, and how many leading tokens they share, the visual ones included."""
+    by_visuals: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for row, prompt in enumerate(prompts):
+        by_visuals[tuple(map(id, prompt.visuals))].append(row)
+    shares: list[tuple[list[int], int]] = []
+    for rows in by_visuals.values():
+        length = _common_length([prompts[row].token_ids for row in rows])
+        rest = torch.cat([prompts[row].token_ids[length:] for row in rows]).tolist()
+        if prompts[rows[0]].visuals and not decoder.placeholder_ids.intersection(rest):
+            shares.append((rows, length))
+        else:
+            shares += [([row], 0) for row in rows]
+    return shares
+
+
+def _common_length(sequences: Sequence[Tensor]) -> int:
+    """Leading tokens that all share, short of each one's last: its logits are every row's own."""
+    shortest = min(map(len, sequences)) - 1
+    same = torch.stack([tokens[:shortest] == sequences[0][:shortest] for tokens in sequences]).all(dim=0)
+    return int(same.int().cumprod(0).sum())
+
+
+def _prefill_shared(decoder: Decoder, prompts: Sequence[Prompt], length: int) -> tuple[Batch, Tensor]:
+    """Prefill prompts of which the first `length` tokens are the same: those once."""
+    batch, _ = _extended(decoder, None, [prompts[0].beginning(length)], 0)
+    batch.keep([0] * len(prompts))
+    return _extended(decoder, batch, prompts, length)
+
+
+def _extended(
+    decoder: Decoder, batch: Batch | None, prompts: Sequence[Prompt], start: int
+) -> tuple[Batch, Tensor]:
+    """Feed the prompts' tokens from `start` on, into a new batch if there is none; its rows' next logits.
+
+    Visuals are given to the model with the beginning: nothing behind a later `start` shows one.
+    """
+    device = decoder.model.device
+    longest = max(len(prompt.token_ids) for prompt in prompts) - start
+    # Any token serves as padding, as nothing attends to it, but for a placeholder, which would be filled.
+    filler = int(prompts[0].token_ids[-1])
+    ids, mask, positions = [], [], []
+    for prompt in prompts:
+        own = prompt.token_ids[start:]
+        missing = (longest - len(own), 0)
+        ids.append(pad(own, missing, value=filler))
+        mask.append(pad(torch.ones_like(own), missing))
+        positions.append(pad(prompt.positions[..., start:], missing))
+    axes = len(prompts[0].positions) if prompts[0].positions.ndim > 1 else None
+    following = torch.tensor([prompt.following for prompt in prompts], device=device)
+    if batch is None:
+        empty = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
+        batch = Batch(DynamicCache(), empty, following, axes)
+    batch.next_positions = following
+    shown = [visual for prompt in prompts for visual in prompt.visuals] if start == 0 else []
+    visual_inputs = decoder.visual_inputs(shown) if shown else {}
+    logits = batch.extend(
+        decoder.model,
+        torch.stack(ids).to(device),
+        torch.stack(mask).to(device),
+        torch.stack(positions, dim=-2).to(device),
+        **visual_inputs,
+    )
+    return batch, logits
+
+
+def similar_lengths(lengths: Mapping[int, int]) -> list[list[int]]:
+    """Groups of rows (row: length), in order, whose shortest has at least `SIMILAR` of its longest."""
+    groups: list[list[int]] = []
+    for row in sorted(lengths, key=lambda row: lengths[row]):
+        if groups and lengths[groups[-1][0]] >= SIMILAR * lengths[row]:
+            groups[-1].append(row)
+        else:
+            groups.append([row])
+    return [sorted(group) for group in groups]

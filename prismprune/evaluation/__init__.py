@@ -1,0 +1,1 @@
+"""Methods compared on one model: questions, marks, measures of what was kept, tables."""

@@ -1,0 +1,125 @@
+"""`prismprune compare`: methods x budgets on a set of questions. Torch is loaded once it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from prismprune.evaluation.compare import Marker
+    from prismprune.evaluation.report import Report, Setting
+    from prismprune.evaluation.subjects import Subject
+    from prismprune.vlm import PrunedVLM
+
+DEFAULT_BUDGETS = (128, 64, 32)
+
+
+def compare(
+    questions: Annotated[
+        str,
+        typer.Argument(
+            help='A file of lines {"image": path, "question": text, "answer": text}, "group" if wanted; '
+            "or a suite of the demo's: scenes, easy-vqa, clips."
+        ),
+    ],
+    *,
+    model: Annotated[str, typer.Option(help="prism-demo, a directory or a hub id.")] = "prism-demo",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Repeat for several; with options: prism:pool_factor=2. [default: every method]"),
+    ] = None,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Visual tokens of a picture or clip; repeat. [default: 128, 64, 32]"),
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=1, help="The first so many pictures or clips.")] = 100,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a model.")] = 16,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
+    quantization: Annotated[str | None, typer.Option(help="int8 or nf4.")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, help="JSON lines of finished pictures: a later run goes on from them."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the table as CSV.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw accuracy over budget (.png, .svg, .pdf).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Compare methods at equal budgets on one model: accuracy, overlap with prism, coverage, selection time.
+
+    The unpruned model in the same layout is always among them.
+    """
+    from prismprune.evaluation.compare import compare as compared  # noqa: PLC0415 -- loads torch
+    from prismprune.evaluation.compare import parsed_method  # noqa: PLC0415 -- loads torch
+    from prismprune.selection import METHODS  # noqa: PLC0415 -- loads torch
+    from prismprune.vlm import PrunedVLM  # noqa: PLC0415 -- loads torch
+
+    methods = method or list(METHODS)
+    for one in methods:
+        parsed_method(one)  # a wrong one is told before a model is loaded
+    subjects = _subjects(questions, pictures)
+    settings: list[Setting] = [("none", None)]
+    settings += [(one, tokens) for one in methods for tokens in budget or DEFAULT_BUDGETS]
+    vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=quantization)
+    marker = _marker(vlm, max_new_tokens)
+    suite = Path(questions).stem
+    reports = compared(vlm, suite, subjects, settings, marker=marker, results=results)
+    report = _watched(reports, pictures)
+    _print(report, as_json=as_json)
+    if csv:
+        report.write_csv(csv)
+    if plot:
+        report.write_plot(plot)
+
+
+def _subjects(questions: str, pictures: int) -> Iterator[Subject]:
+    from prismprune.demo.evaluate import SETTINGS, subjects  # noqa: PLC0415 -- loads torch
+    from prismprune.errors import InvalidOptionError  # noqa: PLC0415 -- beside the others
+    from prismprune.evaluation.subjects import read_subjects  # noqa: PLC0415 -- beside the others
+
+    suite = questions in SETTINGS
+    found = subjects(questions, pictures) if suite else read_subjects(Path(questions), pictures)
+    first = next(found, None)  # a wrong file is told before a model is loaded, too
+    if first is None:
+        raise InvalidOptionError(f"{questions} holds no questions.")
+    return chain([first], found)
+
+
+def _marker(vlm: PrunedVLM, max_new_tokens: int) -> Marker:
+    """The demo's questions are packed, a picture in one pass; other models answer one by one."""
+    from prismprune.demo.evaluate import is_demo, packed  # noqa: PLC0415 -- loads torch
+    from prismprune.evaluation.compare import generated  # noqa: PLC0415 -- loads torch
+
+    return packed(vlm) if is_demo(vlm) else generated(vlm, max_new_tokens)
+
+
+def _watched(reports: Iterable[Report], total: int) -> Report:
+    """The last of the growing reports, with a bar on standard error meanwhile."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        *_, last = progress.track(reports, total=total, description="comparing")
+    return last
+
+
+def _print(report: Report, *, as_json: bool) -> None:
+    if not as_json:
+        report.show()
+        return
+    whole: dict[str, Any] = {
+        "suite": report.suite,
+        "pictures": report.pictures,
+        "majority": report.majority,
+        "settings": report.rows(),
+    }
+    sys.stdout.write(json.dumps(whole) + "\n")

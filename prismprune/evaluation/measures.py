@@ -1,0 +1,45 @@
+"""What a comparison counts: right answers with their interval, and how kept tokens lie among the others."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from prismprune.selection.base import cosines
+
+if TYPE_CHECKING:
+    from collections.abc import Set as AbstractSet
+
+    from torch import Tensor
+
+Z_95 = 1.959963984540054
+"""Half of the central 95 % of a normal distribution, in standard deviations."""
+
+
+def wilson(right: int, asked: int) -> tuple[float, float]:
+    """95 % interval of a share, by Wilson's score (1927): inside 0 to 1 and of use at the ends too.
+
+    It takes answers as independent. Those about one picture are not quite, so it is a little narrow.
+    """
+    if asked == 0:
+        return 0.0, 1.0
+    share, z2 = right / asked, Z_95**2
+    center = (share + z2 / (2 * asked)) / (1 + z2 / asked)
+    half = Z_95 / (1 + z2 / asked) * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked**2))
+    return (center - half if right else 0.0), (center + half if right < asked else 1.0)
+
+
+def overlap(kept: AbstractSet[tuple[int, int]], reference: AbstractSet[tuple[int, int]]) -> float:
+    """Share of the kept tokens that the reference keeps as well; 1 where nothing is kept."""
+    return len(kept & reference) / len(kept) if kept else 1.0
+
+
+def nearest_cosines(features: Tensor, kept: Tensor, dropped: Tensor) -> Tensor:
+    """Cosine of each dropped patch to its nearest kept one: [D], float32; 0 where none is kept.
+
+    features: [N, d] of one image, crop or frame; kept [K] and dropped [D]: indices of its patches.
+    """
+    if len(kept) == 0:
+        return features.new_zeros(len(dropped)).float()
+    nearest: Tensor = cosines(features[None, dropped], features[None, kept])[0].amax(dim=1)
+    return nearest

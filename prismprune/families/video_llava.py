@@ -1,0 +1,83 @@
+"""Video-LLaVA: pictures and clips, each with a tower of its own, in one prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import VideoLlavaForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from prismprune.families.base import KeptPart, Modality, Pixels, View, Visual
+from prismprune.families.llava import LlavaFamily, sizes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+
+class VideoLlavaFamily(LlavaFamily):
+    """`VideoLlavaForConditionalGeneration`: a picture is one view, a clip one placeholder for all its frames.
+
+    Unpruned, each frame keeps its CLS token, as transformers has it; a budget chooses among the patches.
+    """
+
+    name: ClassVar[str] = "video_llava"
+
+    @staticmethod
+    def load(path: str, **options: Any) -> Any:
+        return VideoLlavaForConditionalGeneration.from_pretrained(path, **options)
+
+    @staticmethod
+    def unquantised() -> list[str]:
+        return ["model.image_tower", "model.video_tower", "model.multi_modal_projector", "lm_head"]
+
+    @property
+    def placeholder_ids(self) -> dict[Modality, int]:
+        return {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
+
+    def _prefix(self, modality: Modality) -> int:
+        return 1 if modality == "video" else super()._prefix(modality)
+
+    def _tower(self, modality: Modality) -> Any:
+        return self.model.model.video_tower if modality == "video" else self.model.model.image_tower
+
+    def preprocess(self, views: Sequence[View]) -> list[Pixels]:
+        pictures = [place for place, view in enumerate(views) if view.frame is None]
+        frames = [place for place, view in enumerate(views) if view.frame is not None]
+        pixels: list[Pixels] = []
+        if pictures:
+            values = self._pictures([views[place] for place in pictures])
+            pixels += self._by_shape(pictures, values, views, sizes_of(self.processor.image_processor))
+        if frames:
+            values = self._frames([views[place] for place in frames])
+            sizes = sizes_of(self.processor.video_processor)
+            pixels += self._by_shape(frames, values, views, sizes, modality="video")
+        return pixels
+
+    def _pictures(self, views: Sequence[View]) -> list[Tensor]:
+        processor, images = self.processor.image_processor, [view.image for view in views]
+        values = processor(images, return_legacy_image_output=False)["pixel_values"]
+        return [torch.as_tensor(image) for image in values]
+
+    def _frames(self, views: Sequence[View]) -> list[Tensor]:
+        """Each as a clip of its own: clips may differ in length, and a frame knows nothing of the others."""
+        clips = [np.array(view.image)[None] for view in views]
+        processor = self.processor.video_processor
+        processed = processor(clips, do_sample_frames=False, input_data_format="channels_last")
+        return [torch.as_tensor(clip)[0] for clip in processed["pixel_values_videos"]]
+
+    def arrange(self, parts: Sequence[KeptPart]) -> list[Visual]:
+        if parts[0].view.frame is None:
+            return super().arrange(parts)
+        return [Visual("video", torch.cat([part.projected for part in parts]))]
+
+    def visual_inputs(self, visuals: Sequence[Visual]) -> dict[str, Any]:
+        encoded: dict[str, BaseModelOutputWithPooling] = {}
+        for modality in self.modalities:
+            features = [visual.features for visual in visuals if visual.modality == modality]
+            if features:  # one tensor: Video-LLaVA takes no sequence
+                encoded[modality] = BaseModelOutputWithPooling(pooler_output=torch.cat(features)[None])
+        return {"mm_encoder_outputs": encoded}

@@ -1,0 +1,254 @@
+"""Requests that are answered together, each from when it comes until its own end (continuous batching)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from prismprune.budget import TokenBudget
+from prismprune.decoding import Decoder, Running
+from prismprune.encoding import EncodedMedia, EncodingRequest, encode
+from prismprune.errors import InvalidOptionError
+from prismprune.generation import GenerationOptions
+from prismprune.meters import PeakMemory, Stopwatch
+from prismprune.results import Answer, Memory, Timings
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from prismprune.caching import EncodingCache
+    from prismprune.families.base import Family
+    from prismprune.generation import Generated, Prompt, Row
+    from prismprune.media import Clip, Picture
+
+
+@dataclass(frozen=True, slots=True)
+class VisualRequest:
+    """Questions about the same media, answered from one encoding at one budget of visual tokens.
+
+    media_key: names the media's content and how frames were sampled, for a cache of encodings; None: it is
+    not cached. encoded: the encoding, where it is there already; then `media` may be empty.
+    """
+
+    media: tuple[Picture | Clip, ...]
+    questions: tuple[str, ...]
+    budget: TokenBudget = field(default_factory=TokenBudget.all)
+    method: str = "prism"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    media_key: Hashable | None = None
+    encoded: EncodedMedia | None = None
+
+    def __post_init__(self) -> None:
+        check_questions(self.questions)
+
+    @property
+    def encoding_key(self) -> Hashable | None:
+        """What its encoding is cached by: all that decides it, and no question."""
+        if self.media_key is None:
+            return None
+        return self.media_key, self.budget, self.method, frozenset(self.method_options.items())
+
+    def encoding(self) -> EncodingRequest:
+        """The part that no question changes."""
+        return EncodingRequest(self.media, self.budget, self.method, self.method_options)
+
+
+Event = tuple["Pending", int, str]
+"""A question of a request has a new token; the text that is settled by it, often none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Questions about encoded media. Raises `InvalidOptionError` if there is none.
+
+    cached: whether the encoding was found ready, so that none of its time and all of its tokens were saved.
+    """
+
+    encoded: EncodedMedia
+    questions: tuple[str, ...]
+    generation: GenerationOptions = field(default_factory=GenerationOptions)
+    cached: bool = False
+
+    def __post_init__(self) -> None:
+        check_questions(self.questions)
+
+
+class Pending:
+    """A request on its way to its answers, from `Session.prepare`."""
+
+    def __init__(self, asked: Asked, prompts: Sequence[Prompt], prompts_ms: float) -> None:
+        self.asked = asked
+        self.prompts = prompts
+        self.prompts_ms = prompts_ms
+        self.rows: list[Row] = []
+        self.peak_bytes = 0
+        self.shared_with = 0
+        """The most other requests that were in the session at one time with it."""
+
+    @property
+    def tokens(self) -> int:
+        """Room that it may come to take in the cache: text, visual tokens and the longest answers."""
+        longest = sum(len(prompt.token_ids) for prompt in self.prompts)
+        return longest + len(self.prompts) * self.asked.generation.max_new_tokens
+
+    @property
+    def done(self) -> bool:
+        """Whether every question has its answer."""
+        return bool(self.rows) and all(row.finish_reason is not None for row in self.rows)
+
+    def cancel(self) -> None:
+        """End what is unfinished as "canceled"; it leaves the session with the next step."""
+        for row in self.rows:
+            if row.finish_reason is None:
+                row.cancel()
+
+
+class Session:
+    """Answers requests with one model. One thread at a time may use it, and no other session meanwhile.
+
+        (request,) = session.ask([VisualRequest(media, ("What color is it?",), TokenBudget(64))])
+        while session.pending:
+            for request, question, text in session.step():
+                ...
+        session.answers(request)
+
+    cache: where encodings are looked for and kept; None: nowhere.
+
+    Greedy answers do not depend on the neighbours (float32), nor does what a seed draws.
+    """
+
+    def __init__(self, family: Family, decoder: Decoder, cache: EncodingCache | None = None) -> None:
+        self._family = family
+        self._cache = cache
+        self._device = family.model.device
+        self._running = Running(decoder)
+        self._memory = PeakMemory(self._device)
+        self.pending: list[Pending] = []
+
+    @property
+    def tokens(self) -> int:
+        """Room in the cache that the pending requests may come to take."""
+        return sum(pending.tokens for pending in self.pending)
+
+    def ask(self, requests: Sequence[VisualRequest]) -> list[Pending]:
+        """Encode the requests' media, those of one size in one run of the tower, and join.
+
+        Raises what `encode`, `prepare` and `join` raise: then none of them has joined.
+        """
+        pending = [self.prepare(asked) for asked in self._encoded(requests)]
+        self.join(pending)
+        return pending
+
+    def _encoded(self, requests: Sequence[VisualRequest]) -> list[Asked]:
+        """Each encoding is made once, also where several of the requests ask for it."""
+        keyed = [(_own_key(request), request) for request in requests]
+        ready = {key: found for key, request in keyed if (found := self._look_up(request)) is not None}
+        missing = {key: request for key, request in reversed(keyed) if key not in ready}
+        encodings = (
+            encode(self._family, [request.encoding() for request in missing.values()]) if missing else []
+        )
+        made = dict(zip(missing, encodings, strict=True))
+        for key, request in missing.items():
+            if self._cache is not None and request.encoding_key is not None:
+                self._cache.put(key, made[key])
+        return [
+            Asked(
+                ready.get(key) or made[key],
+                request.questions,
+                request.generation,
+                cached=missing.get(key) is not request,
+            )
+            for key, request in keyed
+        ]
+
+    def _look_up(self, request: VisualRequest) -> EncodedMedia | None:
+        if request.encoded is not None or self._cache is None or request.encoding_key is None:
+            return request.encoded
+        return self._cache.get(request.encoding_key)
+
+    def prepare(self, asked: Asked) -> Pending:
+        """Write the prompts of a request. Raises `UnknownModelError` if the chat template cannot."""
+        watch = Stopwatch(self._device)
+        encoded, system = asked.encoded, asked.generation.system
+        prompts = [self._family.prompt(text, system, encoded.visuals) for text in asked.questions]
+        return Pending(asked, prompts, watch.lap_ms())
+
+    def join(self, requests: Sequence[Pending]) -> None:
+        """Prefill the requests' prompts; their first tokens come with a later step.
+
+        If this raises, for want of memory say, none of them has joined, and the others are as they were.
+        """
+        rows = iter(
+            self._running.join(
+                [prompt for request in requests for prompt in request.prompts],
+                [request.asked.generation for request in requests for _ in request.prompts],
+            )
+        )
+        for request in requests:
+            request.rows = [next(rows) for _ in request.prompts]
+        self.pending += requests
+        for request in self.pending:
+            request.shared_with = max(request.shared_with, len(self.pending) - 1)
+        self._note_memory()
+
+    def step(self) -> list[Event]:
+        """A token for each unfinished row; requests whose rows have all ended are no longer pending."""
+        owners = {
+            id(row): (request, number) for request in self.pending for number, row in enumerate(request.rows)
+        }
+        events = [(*owners[id(row)], text) for row, text in self._running.step()]
+        self._note_memory()
+        self.pending = [request for request in self.pending if not request.done]
+        return events
+
+    def answers(self, request: Pending) -> list[Answer]:
+        """An answer a question, of a request that is `done`."""
+        return [self._answer(request, row.outcome()) for row in request.rows]
+
+    def _note_memory(self) -> None:
+        peak = self._memory.lap()
+        for request in self.pending:
+            request.peak_bytes = max(request.peak_bytes, peak)
+
+    def _answer(self, request: Pending, outcome: Generated) -> Answer:
+        encoded, cached = request.asked.encoded, request.asked.cached
+        visual = encoded.visual_tokens
+        return Answer(
+            text=outcome.text,
+            token_ids=outcome.token_ids,
+            finish_reason=outcome.finish_reason,
+            prompt_tokens=outcome.prompt_tokens,
+            visual_tokens=visual,
+            timings=_timings(Timings() if cached else encoded.timings, outcome, request.prompts_ms),
+            memory=Memory(str(self._device), request.peak_bytes, outcome.kv_cache_bytes),
+            warnings=encoded.warnings,
+            token_map=encoded.token_map,
+            cached_tokens=visual.kept + visual.newlines if cached else 0,
+        )
+
+
+def _own_key(request: VisualRequest) -> Hashable:
+    """Requests without a key are told apart by themselves."""
+    return id(request) if request.encoding_key is None else request.encoding_key
+
+
+def check_questions(questions: Sequence[str]) -> None:
+    """Raise `InvalidOptionError` if there is none."""
+    if not questions:
+        raise InvalidOptionError("A request needs at least one question.")
+
+
+def _timings(encoded: Timings, outcome: Generated, prompts_ms: float) -> Timings:
+    """Writing prompts counts as preprocessing; the whole is the sum of its stages, decoding included."""
+    preprocess_ms = encoded.preprocess_ms + prompts_ms
+    encode_ms = encoded.decode_ms + preprocess_ms + encoded.vision_ms + encoded.select_ms
+    first_token_ms = encode_ms + outcome.prefill_ms
+    return replace(
+        encoded,
+        preprocess_ms=preprocess_ms,
+        prefill_ms=outcome.prefill_ms,
+        generate_ms=outcome.generate_ms,
+        time_to_first_token_ms=first_token_ms,
+        total_ms=first_token_ms + outcome.generate_ms,
+    )

@@ -1,0 +1,235 @@
+"""Continuous batching: requests join, leave and share, and each is answered as if it were alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prismprune import GenerationOptions, InvalidOptionError, TokenBudget, VisualRequest
+from prismprune.caching import EncodingCache
+from prismprune.media import Picture
+from prismprune.session import Asked, Pending, Session
+from tests.prismprune.tiny import picture
+
+if TYPE_CHECKING:
+    from prismprune import PrunedVLM
+    from prismprune.encoding import EncodedMedia
+
+QUESTIONS = ("What?", "And a question that is longer than the others?", "Why?")
+
+
+def asked(vlm: PrunedVLM, noise: int, *questions: str, tokens: int = 5, **generation: Any) -> Asked:
+    options = GenerationOptions(**{"max_new_tokens": 8} | generation)
+    return Asked(vlm.encode(picture(noise), tokens), questions or QUESTIONS[:1], options)
+
+
+def run(session: Session, requests: list[Pending]) -> dict[tuple[int, int], str]:
+    """Step to the end; the text of each (request, question), pieced together from the events."""
+    texts: dict[tuple[int, int], str] = {}
+    while session.pending:
+        for request, number, text in session.step():
+            place = (requests.index(request), number)
+            texts[place] = texts.get(place, "") + text
+    return texts
+
+
+def alone(vlm: PrunedVLM, one: Asked) -> list[tuple[int, ...]]:
+    return [vlm.answer_encoded(one.encoded, [text], one.generation)[0].token_ids for text in one.questions]
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 16)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_requests_that_join_at_any_step_are_answered_as_alone(
+    vlm: PrunedVLM, schedule: list[tuple[int, int, int, int]]
+) -> None:
+    """Whenever a request comes, with however many questions: the same tokens, and events that spell them."""
+    waiting = [
+        (step, asked(vlm, noise, *QUESTIONS[:questions], tokens=tokens, max_new_tokens=length))
+        for noise, (step, questions, length, tokens) in enumerate(schedule)
+    ]
+    session, now = vlm.session(), 0
+    requests: list[Pending] = []
+    texts: dict[tuple[int, int], str] = {}
+    while waiting or session.pending:
+        if due := [one for step, one in waiting if step <= now]:
+            waiting = [(step, one) for step, one in waiting if step > now]
+            joining = [session.prepare(one) for one in due]
+            session.join(joining)
+            requests += joining
+        for request, number, text in session.step():
+            place = (requests.index(request), number)
+            texts[place] = texts.get(place, "") + text
+        now += 1
+    for index, request in enumerate(requests):
+        answers = session.answers(request)
+        assert [answer.token_ids for answer in answers] == alone(vlm, request.asked)
+        assert [texts[index, number] for number in range(len(answers))] == [each.text for each in answers]
+
+
+def test_a_canceled_request_leaves_and_the_others_go_on(vlm: PrunedVLM) -> None:
+    """Also one that has not had its first token."""
+    session = vlm.session()
+    requests = [session.prepare(asked(vlm, noise)) for noise in range(3)]
+    session.join(requests[:2])
+    session.step()
+    session.step()
+    session.join(requests[2:])
+    requests[0].cancel()
+    requests[2].cancel()
+    run(session, requests)
+    answers = [session.answers(request)[0] for request in requests]
+    assert [answer.finish_reason for answer in answers] == ["canceled", "length", "canceled"]
+    assert [len(answer.token_ids) for answer in answers] == [2, 8, 0]
+    assert answers[1].token_ids == alone(vlm, requests[1].asked)[0]
+
+
+def test_the_beginning_that_questions_share_is_computed_once(vlm: PrunedVLM) -> None:
+    """The language model sees the visual tokens of one picture once, and each question's own tokens."""
+    seen: list[int] = []
+    embeddings = vlm.model.get_input_embeddings()
+    one = asked(vlm, 1, *QUESTIONS, tokens=12)
+    session = vlm.session()
+    request = session.prepare(one)
+    hook = embeddings.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].numel()))
+    try:
+        session.join([request])
+    finally:
+        hook.remove()
+    lengths = [len(prompt.token_ids) for prompt in request.prompts]
+    shared = seen[0]
+    assert len(seen) == 2
+    assert 12 < shared < min(lengths)
+    assert seen[1] == len(lengths) * (max(lengths) - shared)
+
+
+def test_requests_about_one_cached_encoding_share_its_beginning(vlm: PrunedVLM) -> None:
+    """Two callers who ask about the same encoding: one prefill of the picture, each its own answer."""
+    one = asked(vlm, 2, "What?")
+    other = Asked(one.encoded, ("Is there anything red?",), GenerationOptions(max_new_tokens=5))
+    session = vlm.session()
+    requests = [session.prepare(one), session.prepare(other)]
+    session.join(requests)
+    run(session, requests)
+    assert [session.answers(request)[0].token_ids for request in requests] == [
+        alone(vlm, one)[0],
+        alone(vlm, other)[0],
+    ]
+
+
+def test_a_request_says_what_room_it_may_take_and_with_how_many_it_shared(vlm: PrunedVLM) -> None:
+    """Room: prompts and longest answers of all its questions, for as long as it is pending."""
+    session = vlm.session()
+    requests = [session.prepare(asked(vlm, noise, *QUESTIONS[:2], tokens=7)) for noise in range(2)]
+    lengths = [len(prompt.token_ids) for prompt in requests[0].prompts]
+    assert requests[0].tokens == sum(lengths) + 2 * 8
+    session.join(requests[:1])
+    assert session.tokens == requests[0].tokens
+    session.join(requests[1:])
+    assert session.tokens == 2 * requests[0].tokens
+    run(session, requests)
+    assert session.tokens == 0
+    assert [request.shared_with for request in requests] == [1, 1]
+    assert all(request.done and request.peak_bytes > 0 for request in requests)
+
+
+def request(noise: int, question: str = "What?", tokens: int = 5, key: str | None = None) -> VisualRequest:
+    options = GenerationOptions(max_new_tokens=4)
+    media = (Picture(picture(noise)),)
+    return VisualRequest(media, (question,), TokenBudget(tokens), generation=options, media_key=key)
+
+
+def test_media_asked_about_again_are_not_encoded_again(vlm: PrunedVLM) -> None:
+    """Under the same key and budget, also within one call; the answers are those of a fresh encoding."""
+    cache = EncodingCache(2**20)
+    runs: list[int] = []
+    hook = vlm.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, inputs: runs.append(len(inputs[0]))
+    )
+    batches = [
+        [request(1, key="one"), request(1, "Why?", key="one"), request(2)],
+        [request(1, "Who?", key="one"), request(1, tokens=6, key="one"), request(2)],
+    ]
+    cached, texts = [], []
+    try:
+        for batch in batches:
+            session = vlm.session(cache)
+            asked_now = session.ask(batch)
+            run(session, asked_now)
+            answers = [session.answers(one)[0] for one in asked_now]
+            cached += [(answer.cached_tokens, answer.timings.vision_ms > 0) for answer in answers]
+            texts += [answer.token_ids for answer in answers]
+    finally:
+        hook.remove()
+    assert runs == [2, 2]
+    assert cached == [(0, True), (5, False), (0, True), (5, False), (0, True), (0, True)]
+    fresh = [vlm.answer_batch([one])[0][0].token_ids for batch in batches for one in batch]
+    assert texts == fresh
+
+
+def test_an_encoding_that_is_there_needs_no_media(vlm: PrunedVLM) -> None:
+    """Whoever holds it need not decode the picture again."""
+    encoded = vlm.encode(picture(3), 4)
+    options = GenerationOptions(max_new_tokens=3)
+    session = vlm.session()
+    (pending,) = session.ask([VisualRequest((), ("What?",), generation=options, encoded=encoded)])
+    run(session, [pending])
+    assert session.answers(pending)[0].cached_tokens == 4
+
+
+def test_a_request_without_a_question_is_refused(vlm: PrunedVLM) -> None:
+    """Nothing to answer is the caller's mistake."""
+    with pytest.raises(InvalidOptionError):
+        Asked(vlm.encode(picture(0), 4), ())
+
+
+@pytest.fixture(scope="module")
+def encodings(vlm: PrunedVLM) -> list[EncodedMedia]:
+    return [vlm.encode(picture(noise), 4) for noise in range(3)]
+
+
+def test_the_cache_drops_what_was_unused_for_longest(encodings: list[EncodedMedia]) -> None:
+    """Room for two of three: the one asked for last stays."""
+    cache = EncodingCache(2 * encodings[0].bytes)
+    cache.put("a", encodings[0])
+    cache.put("b", encodings[1])
+    assert cache.get("a") is encodings[0]
+    cache.put("c", encodings[2])
+    assert cache.get("b") is None
+    assert cache.get("a") is encodings[0]
+    assert cache.get("c") is encodings[2]
+    assert cache.bytes == 2 * encodings[0].bytes
+
+
+def test_the_cache_keeps_nothing_larger_than_itself(encodings: list[EncodedMedia]) -> None:
+    """It would drop everything else, and then itself."""
+    cache = EncodingCache(encodings[0].bytes - 1)
+    cache.put("a", encodings[0])
+    assert (cache.get("a"), cache.bytes) == (None, 0)
+
+
+def test_a_key_that_is_put_again_counts_once(encodings: list[EncodedMedia]) -> None:
+    """Two workers' threads may have encoded the same media at the same time."""
+    cache = EncodingCache(10 * encodings[0].bytes)
+    cache.put("a", encodings[0])
+    cache.put("a", encodings[1])
+    assert cache.get("a") is encodings[1]
+    assert cache.bytes == encodings[1].bytes
+
+
+def test_the_selection_of_prism_is_not_nested(vlm: PrunedVLM) -> None:
+    """Why no budget answers for another: somewhere a token kept at a smaller one is not kept at a larger."""
+    kept = [
+        [set(vlm.encode(picture(noise), tokens).token_map[0].kept) for tokens in range(2, 14)]
+        for noise in range(8)
+    ]
+    assert any(not one <= other for own in kept for one, other in pairwise(own))

@@ -1,0 +1,106 @@
+"""Video-LLaVA: two towers, one placeholder a clip, and the frames' CLS tokens."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from prismprune.vlm import PrunedVLM
+from tests.prismprune.families import MEDIA, Transformers, kept, still
+from tests.prismprune.tiny import PATCHES, clip, save_tiny_video_llava
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_video_llava(tmp_path_factory.mktemp("video"))
+
+
+@pytest.fixture(scope="module")
+def vlm(checkpoint: Path) -> PrunedVLM:
+    return PrunedVLM.from_pretrained(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def eager(checkpoint: Path) -> Transformers:
+    return Transformers(checkpoint, attn_implementation="eager")
+
+
+@pytest.mark.parametrize("budget", [1, 7, 15])
+@pytest.mark.parametrize("media", MEDIA["video_llava"])
+def test_the_kept_tokens_are_those_of_the_algorithm(
+    vlm: PrunedVLM, eager: Transformers, media: str, budget: int
+) -> None:
+    """Each picture by its tower's CLS row, each frame by the other's; the budget is the request's."""
+    expected = kept(eager.views(MEDIA["video_llava"][media]), budget)
+    token_map = vlm.encode(MEDIA["video_llava"][media], budget).token_map
+    assert [[list(part.salient), list(part.diverse)] for part in token_map] == expected
+
+
+@pytest.mark.parametrize("budget", [8 * PATCHES + 7, 8 * PATCHES, 20, 5])
+def test_a_budget_below_all_drops_the_cls_tokens(vlm: PrunedVLM, eager: Transformers, budget: int) -> None:
+    """All of a clip are its frames with a CLS token each; fewer are patches, in order of their frames."""
+    frames = clip(8)
+    everything, pruned = vlm.encode(frames), vlm.encode(frames, budget)
+    assert everything.visual_tokens.original == everything.visual_tokens.kept == 8 * (PATCHES + 1)
+    assert everything.visuals[0].features.shape[0] == 8 * (PATCHES + 1)
+    assert pruned.visual_tokens.kept == min(budget, 8 * PATCHES)
+    expected = torch.cat(
+        [
+            eager.project(view.features[list(part.kept)])
+            for view, part in zip(eager.views([frames]), pruned.token_map, strict=True)
+        ]
+    )
+    (visual,) = pruned.visuals
+    assert visual.modality == "video"
+    torch.testing.assert_close(visual.features, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_ratio_is_of_the_patches(vlm: PrunedVLM) -> None:
+    """Half of 8 x 16 patches: the CLS tokens, which any budget drops, do not count."""
+    tokens = vlm.encode(clip(8), keep_ratio=0.5).visual_tokens
+    assert (tokens.budget, tokens.kept) == (64, 64)
+
+
+def test_a_picture_has_no_cls_token(vlm: PrunedVLM) -> None:
+    """As transformers has it, pictures are their patches."""
+    assert vlm.visual_tokens_per_image == PATCHES
+    assert vlm.encode(still("wide")).visual_tokens.original == PATCHES
+
+
+def test_a_clip_has_one_placeholder(vlm: PrunedVLM) -> None:
+    """The prompt has one run of placeholders a clip and one a picture, each of its kind."""
+    encoded = vlm.encode([clip(4), still("tall"), clip(2)], 21)
+    assert [visual.modality for visual in encoded.visuals] == ["video", "image", "video"]
+    ids = vlm._family.prompt("?", None, encoded.visuals).token_ids
+    for modality, placeholder in vlm._family.placeholder_ids.items():
+        lengths = [len(visual.features) for visual in encoded.visuals if visual.modality == modality]
+        (places,) = (ids == placeholder).nonzero(as_tuple=True)
+        runs = 1 + int((places.diff() > 1).sum())
+        assert (runs, len(places)) == (len(lengths), sum(lengths))
+
+
+def test_clips_of_different_lengths_share_a_run_of_the_tower(vlm: PrunedVLM) -> None:
+    """Frames of all clips go through the video tower together, pictures through the other."""
+    calls: list[tuple[str, int]] = []
+    model = vlm.model.model
+    hooks = [
+        tower.register_forward_pre_hook(lambda _module, args, name=name: calls.append((name, len(args[0]))))
+        for name, tower in (("image", model.image_tower), ("video", model.video_tower))
+    ]
+    vlm.encode([clip(3), still("tall"), clip(5)], 9)
+    for hook in hooks:
+        hook.remove()
+    assert sorted(calls) == [("image", 1), ("video", 8)]
+
+
+def test_control_tokens_of_either_kind_in_a_question_are_text(vlm: PrunedVLM) -> None:
+    """A question with placeholders in it adds neither picture nor clip."""
+    visuals = vlm.encode([clip(2)], 6).visuals
+    answer = vlm._family.prompt("<video> or <image>?", None, visuals)
+    for modality, placeholder in vlm._family.placeholder_ids.items():
+        assert int((answer.token_ids == placeholder).sum()) == (6 if modality == "video" else 0)
