@@ -3,18 +3,20 @@
 #   PYTHON=python3.12    the interpreter that the virtual environment is made with
 #   PIP_ARGS="..."       options for pip: another index, or one with CPU-only builds of torch
 #   PYTEST_ARGS="..."    options for pytest
+#   CHAOS_ARGS="..."     options for the chaos tests: --jobs 200 --outage-s 10
 #   PRISM_PORT=8001      and the other settings of README.md
 
 PYTHON ?= python3
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt $(PIP_ARGS) --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench clean
+.PHONY: help serve test check bench chaos clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +36,9 @@ check: $(VENV)/.dev ## ruff and mypy
 bench: $(VENV)/.dev ## time selection, and the demo model at several token budgets, on this machine
 	$(BIN)/python benchmarks/selection.py
 	$(BIN)/python benchmarks/latency.py
+
+chaos: $(VENV)/.dev ## kill, freeze and overload a running service for half an hour; writes docs/reliability.md
+	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 clean: ## remove the virtual environment and tool caches; the demo model's cache stays
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from worker.process import main
+from worker.supervisor import main
 
 if __name__ == "__main__":
     sys.exit(main())

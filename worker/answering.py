@@ -36,19 +36,18 @@ def decode(job: AnswerJob, store: MediaStore) -> tuple[Picture | Clip, ...]:
     )
 
 
-def visual_request(
-    job: AnswerJob, media: tuple[Picture | Clip, ...], default_budget: int | Literal["all"]
-) -> VisualRequest:
-    """What the library is asked; `default_budget` where the job names neither a budget nor a ratio."""
+def visual_request(job: AnswerJob, default_budget: int | Literal["all"]) -> VisualRequest:
+    """What the library is asked, still without its media; `default_budget` where the job names none."""
     unbudgeted = job.token_budget is None and job.keep_ratio is None
     budget = default_budget if unbudgeted else job.token_budget
     return VisualRequest(
-        media=media,
+        media=(),
         questions=job.questions,
         budget=TokenBudget.parse(budget, keep_ratio=job.keep_ratio),
         method=job.method,
         method_options=job.prism.model_dump() if job.method == "prism" else {},
         generation=GenerationOptions(**job.generation.model_dump()),
+        media_key=(*((ref.id, ref.modality) for ref in job.media), tuple(job.sampling.model_dump().values())),
     )
 
 
@@ -79,7 +78,9 @@ def _item(job: AnswerJob, answer: Answer) -> AnswerItem:
         completion_tokens=len(answer.token_ids),
         total_tokens=answer.prompt_tokens + len(answer.token_ids),
         prompt_tokens_details=PromptTokensDetails(
-            image_tokens=0 if video else visual, video_tokens=visual if video else 0
+            image_tokens=0 if video else visual,
+            video_tokens=visual if video else 0,
+            cached_tokens=answer.cached_tokens,
         ),
     )
     return AnswerItem(answer=answer.text, finish_reason=answer.finish_reason, usage=usage)

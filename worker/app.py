@@ -9,6 +9,7 @@ from celery.exceptions import Reject
 from redis.exceptions import RedisError
 
 from worker.contract import TASK_ANSWER, queue_name
+from worker.errors import JobGivenBackError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def create_app(settings: WorkerSettings, run: Callable[[str, dict[str, Any]], None]) -> Celery:
     """An application whose task hands job id and payload to `run` and acknowledges when it returns.
 
-    Where Redis cannot be told how a job ended, the delivery goes back to the queue.
+    Where the job itself went back, or Redis cannot be told how it ended, so does the delivery.
     """
     app = Celery("worker", broker=settings.broker_url, set_as_current=False)
     app.conf.update(_configuration(settings))
@@ -28,10 +29,15 @@ def create_app(settings: WorkerSettings, run: Callable[[str, dict[str, Any]], No
     def answer(task: Any, payload: dict[str, Any]) -> None:
         try:
             run(task.request.id, payload)
-        except RedisError as error:
+        except (RedisError, JobGivenBackError) as error:
             raise Reject(type(error).__name__, requeue=True) from error
 
     return app
+
+
+def send_again(app: Celery, job_id: str, payload: dict[str, Any]) -> None:
+    """Puts the job into the queue once more; a delivery too many is dropped when it arrives."""
+    app.send_task(TASK_ANSWER, args=[payload], task_id=job_id, argsrepr="(...)", ignore_result=True)
 
 
 def _configuration(settings: WorkerSettings) -> dict[str, Any]:
@@ -51,12 +57,10 @@ def _configuration(settings: WorkerSettings) -> dict[str, Any]:
         # A broker that restarts is waited for, however long; what runs meanwhile goes on.
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
+        "broker_connection_timeout": 5,
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,
-            # Looks for lost deliveries every ten seconds; kombu's own sweep comes every hundred.
-            "unacked_restore_interval": 10,
-            "unacked_restore_throttle": 1,
             # Kombu waits for ever on a connection that died without a word, unless told otherwise.
             "socket_timeout": 10,
             "socket_connect_timeout": 5,

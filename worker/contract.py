@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,12 +15,32 @@ TASK_ANSWER = "prismprune.answer"
 WORKERS_KEY = "prism:workers"
 """Redis hash: worker id to `WorkerStatus` as JSON; a worker counts while `seen_at` is fresh."""
 WORKER_FRESH_S = 15.0
+CANCEL_CHANNEL = "prism:cancel"
+"""Redis channel on which the front end publishes the id of a job that it has canceled."""
+DEAD_LETTERS_KEY = "prism:dead-letters"
+"""Redis stream: one `DeadLetter` as JSON (field `job`) for each job that was given up."""
 RESULT_TTL_S = 24 * 3600
+DRAIN_STEP_S = 10
+"""Seconds that one counter of ended jobs stands for."""
+EVENTS_MAXLEN = 4096
+"""About so many of a job's events are kept: an answer has 1024 tokens at most, a piece of text an event."""
 MAX_TOKEN_BUDGET = 16384
-METHODS = ("prism", "saliency", "uniform", "random", "fps")
 
 Modality = Literal["image", "video"]
-Method = Literal["prism", "saliency", "uniform", "random", "fps"]
+Method = Literal[
+    "prism",
+    "saliency",
+    "uniform",
+    "random",
+    "fps",
+    "visionzip",
+    "vispruner",
+    "divprune",
+    "prumerge_plus",
+    "promprune",
+]
+METHODS: tuple[str, ...] = get_args(Method)
+"""Those of the library, in its order."""
 
 
 def queue_name(model: str) -> str:
@@ -37,7 +57,9 @@ def job_key(job_id: str) -> str:
     """Redis hash of one job.
 
     Fields: `state`, `created_at`, `started_at` (of the last attempt), `finished_at`, `attempts`, `result`,
-    `error`, and `observed_by`: who counted it in the metrics.
+    `error`, `owner` (who may see it, "" where no keys are configured), `payload` (the `AnswerJob` as JSON,
+    for as long as the job may have to be sent again), and of the worker `observed_by` (who counted it in the
+    metrics), `holder`, `alone`, `suspect`, `exhausted` and `told`; see `worker.scripts`.
     """
     return f"prism:job:{job_id}"
 
@@ -45,6 +67,41 @@ def job_key(job_id: str) -> str:
 def events_channel(job_id: str) -> str:
     """Redis channel on which the job's `JobEvent`s are published as JSON."""
     return f"prism:job:{job_id}:events"
+
+
+def events_key(job_id: str) -> str:
+    """Redis stream of what happened to the job: `event` (an `EventName`) and `data` (JSON) an entry.
+
+    Whoever causes an event appends it: the front end `queued` and `canceled`, the worker the others. The data
+    are those of `StartedData`, `TokenData`, and `EndedData` for every end. It lives as long as the job.
+    """
+    return f"prism:job:{job_id}:events"
+
+
+def open_jobs_key(model: str) -> str:
+    """Redis sorted set of the jobs of one model that have not ended: id to when somebody last had it in hand.
+
+    Written with the job, so that a worker finds again what the queue lost: Redis forgets a message that it
+    hands to a connection whose other end is gone.
+    """
+    return f"{queue_name(model)}:open"
+
+
+def drained_key(model: str, at: float) -> str:
+    """Redis counter of the model's jobs that ended within the `DRAIN_STEP_S` seconds around `at` (Unix time).
+
+    The worker increments it with each terminal write; the front end reads from it how fast the queue drains.
+    """
+    return f"{queue_name(model)}:drained:{int(at // DRAIN_STEP_S)}"
+
+
+def media_key(media_id: str) -> str:
+    """Redis hash of stored media, which lives as long as they do.
+
+    Fields: `owner:<name>` for each of the owners that may use them, `media_type`, `bytes`, `expires_at`, and
+    `width`, `height`, `frames` once they are known: of a video when a worker has decoded it.
+    """
+    return f"prism:media:{media_id}"
 
 
 def media_path(media_id: str) -> str:
@@ -67,6 +124,23 @@ class JobState(StrEnum):
     @property
     def terminal(self) -> bool:
         return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+class EventName(StrEnum):
+    """An event of the job's stream. The last four are ends; `started` again: the text begins anew."""
+
+    QUEUED = "queued"
+    STARTED = "started"
+    TOKEN = "token"  # noqa: S105 - no password
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+    EXPIRED = "expired"
+
+    @classmethod
+    def of_end(cls, state: JobState) -> EventName:
+        """The event that tells of a terminal `state`."""
+        return cls.COMPLETED if state is JobState.SUCCEEDED else cls(state)
 
 
 class Problem(Frozen):
@@ -128,6 +202,8 @@ class AnswerJob(Frozen):
     generation: Generation = Generation()
     sampling: FrameSampling = FrameSampling()
     include: tuple[Literal["token_map"], ...] = ()
+    stream: bool = False
+    """Whether `token` events are written: somebody may read the text as it comes."""
     created_at: float
     deadline_at: float
 
@@ -214,10 +290,42 @@ class AnswerResult(Frozen):
 
 
 class JobEvent(Frozen):
-    """Published on the job's channel at each change of state."""
+    """Published on the job's channel at each change of state, for those who wait for its end."""
 
     state: JobState
     at: float
+
+
+class StartedData(Frozen):
+    """Data of `started`."""
+
+    attempt: int
+
+
+class TokenData(Frozen):
+    """Data of `token`: more text of the answer to one of the questions, in order."""
+
+    question: int
+    text: str
+
+
+class EndedData(Frozen):
+    """Data of every end; what came of the job stands in its hash."""
+
+    id: str
+    state: JobState
+
+
+class DeadLetter(Frozen):
+    """What is kept of a job that was given up: enough to run it again by hand, and nothing a caller said."""
+
+    id: str
+    request_id: str
+    model: str
+    attempts: int
+    media: tuple[str, ...]
+    created_at: float
+    given_up_at: float
 
 
 class WorkerStatus(Frozen):

@@ -1,4 +1,4 @@
-"""One thread that owns the model; jobs that arrive together are answered together.
+"""One thread that owns the model; jobs join those that are being answered, between two of their tokens.
 
 Everything that touches the device happens in this thread. The tasks of Celery's pool only hand tickets in
 and wait for their futures.
@@ -6,29 +6,75 @@ and wait for their futures.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Generic, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
-from worker.errors import DeadlineExceededError
+import torch
+
+from worker.errors import DeadlineExceededError, OutOfMemoryError
+from worker.stops import Stop, StopReason, result_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from prismprune.caching import EncodingCache
+    from prismprune.encoding import EncodedMedia
     from prismprune.results import Answer
-    from prismprune.vlm import VisualRequest
+    from prismprune.session import VisualRequest
+
+log = logging.getLogger(__name__)
+
+
+class Pending(Protocol):
+    """A request on its way, as `prismprune.session.Pending`."""
+
+    shared_with: int
+
+    @property
+    def done(self) -> bool:
+        """Whether it has its answers."""
+
+    def cancel(self) -> None:
+        """Ends it with the next step."""
+
+
+class Session(Protocol):
+    """What the engine asks of `prismprune.session.Session`."""
+
+    @property
+    def tokens(self) -> int:
+        """Room in the cache that the pending requests may come to take."""
+
+    def ask(self, requests: Sequence[VisualRequest]) -> Sequence[Pending]:
+        """Takes the requests in; if it raises, none of them."""
+
+    def step(self) -> Sequence[tuple[Any, int, str]]:
+        """A token further; (request, question, new text) for each."""
+
+    def answers(self, request: Any) -> list[Answer]:
+        """Of a request that is done."""
 
 
 class Model(Protocol):
     """What the engine asks of `prismprune.PrunedVLM`."""
 
-    def answer_batch(
-        self, requests: Sequence[VisualRequest], *, should_stop: Callable[[int], bool] | None = None
-    ) -> list[list[Answer]]:
-        """The answers of each request; `should_stop` is asked once a step for the request of that index."""
+    def session(self, cache: EncodingCache | None = None) -> Session:
+        """Requests that are answered together."""
+
+
+class Listener(Protocol):
+    """Hears, in the engine's thread, what becomes of a request before its end."""
+
+    def text(self, question: int, text: str) -> None:
+        """More text of the answer to one of its questions."""
+
+    def again(self) -> None:
+        """It is answered anew, from the first word."""
 
 
 M = TypeVar("M", bound=Model)
@@ -36,7 +82,7 @@ M = TypeVar("M", bound=Model)
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The answers of one request, the number of its neighbours, and when (monotonic) the batch began."""
+    """The answers of one request, the most neighbours it had, and when (monotonic) its turn came."""
 
     answers: list[Answer]
     shared_with: int
@@ -45,28 +91,37 @@ class Answered:
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request in the engine. `deadline` is monotonic; `cancel` ends it at the next step."""
+    """One request in the engine. `deadline` is monotonic; a requested `stop` ends it at the next step."""
 
     request: VisualRequest
     deadline: float
+    stop: Stop = field(default_factory=Stop)
+    listener: Listener | None = None
     future: Future[Answered] = field(default_factory=Future)
-    _canceled: threading.Event = field(default_factory=threading.Event)
 
-    def answered(self) -> Answered:
-        """Waits, at most until the deadline. Raises `DeadlineExceededError`, or what the model raised."""
-        wait([self.future], timeout=max(0.0, self.deadline - time.monotonic()))
-        if not self.future.done():
-            self.cancel()
-            raise DeadlineExceededError("The deadline passed before the answer was complete.")
-        answered = self.future.result()
+    def __post_init__(self) -> None:
+        self.stop.then(self.future.cancel)  # not begun: never begins
+
+    def answered(self, meanwhile: Callable[[], None] | None = None) -> Answered:
+        """Waits, at most until the deadline; calls `meanwhile` now and then.
+
+        Raises `DeadlineExceededError`, `StoppedError`, or what the model raised.
+        """
+        answered = result_within(self.future, self.stop, self.deadline, meanwhile)
         if any(answer.finish_reason == "canceled" for answer in answered.answers):
             raise DeadlineExceededError("The deadline passed before the answer was complete.")
         return answered
 
     def cancel(self) -> None:
         """Not begun: never begins. Begun: stops at the next decoding step."""
-        self._canceled.set()
-        self.future.cancel()
+        self.stop.request(StopReason.CANCELED)
+
+    def let_go(self) -> None:
+        """Waits until the engine will not touch the request any more, or never has."""
+        over = threading.Event()
+        # `concurrent.futures.wait` takes a canceled future for over only once somebody has tried to begin.
+        self.future.add_done_callback(lambda _: over.set())
+        over.wait()
 
     def begin(self) -> bool:
         """False if the ticket was canceled while it waited."""
@@ -74,32 +129,58 @@ class Ticket:
 
     @property
     def over(self) -> bool:
-        return self._canceled.is_set() or time.monotonic() >= self.deadline
+        return self.stop.reason is not None or time.monotonic() >= self.deadline
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much the engine takes on at once.
+
+    max_batch: requests. max_tokens: of text and images, with room for the answers; once those at work may
+    fill it, no other joins. max_wait_s: how long the first of an idle engine waits for neighbours.
+    """
+
+    max_batch: int
+    max_tokens: int
+    max_wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A ticket whose request is in the session, since `began` (monotonic)."""
+
+    ticket: Ticket
+    request: Pending
+    began: float
 
 
 class Engine(Generic[M]):
-    """Batches of at most `max_batch`; the first job of one waits at most `max_wait_s` for neighbours.
+    """Answers what is submitted, as many at a time as `limits` let it.
 
-    `load` returns the warm model and runs in the engine's thread. `on_death` is called in that thread when
-    it ends by an error: whoever waits for a ticket would wait for ever.
+    `load` returns the warm model and runs in the engine's thread. `cache` holds encodings for requests that
+    name their media. `on_batch` hears how many requests are at work whenever some have joined. `on_death` is
+    called in the engine's thread when it ends by an error: whoever waits for a ticket would wait for ever.
     """
 
     def __init__(
         self,
         load: Callable[[], M],
         *,
-        max_batch: int,
-        max_wait_s: float,
+        limits: Limits,
+        cache: EncodingCache | None = None,
         on_batch: Callable[[int], None],
         on_death: Callable[[BaseException], None],
     ) -> None:
         self._load = load
-        self._max_batch = max_batch
-        self._max_wait_s = max_wait_s
+        self._limits = limits
+        self._cache = cache
         self._on_batch = on_batch
         self._on_death = on_death
         self._tickets: SimpleQueue[Ticket | None] = SimpleQueue()
         self._model: Future[M] = Future()
+        self._progress_at: float | None = None
+        self._working: list[_Work] = []
+        self._stopping = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -116,13 +197,36 @@ class Engine(Generic[M]):
         """Whether a ticket would be answered now."""
         return self._thread.is_alive() and self._model.done()
 
+    @property
+    def stalled_s(self) -> float:
+        """For how long the batch at work has made no progress; 0 while there is none."""
+        since = self._progress_at
+        return 0.0 if since is None else time.monotonic() - since
+
+    def progress(self, *_: object) -> None:
+        """The batch at work has come a step further: a token, or a layer of the model."""
+        if self._progress_at is not None:
+            self._progress_at = time.monotonic()
+
     def model(self) -> M:
         """Waits for the warm model; raises what loading it raised."""
         return self._model.result()
 
-    def submit(self, request: VisualRequest, deadline: float) -> Ticket:
+    def encoded(self, request: VisualRequest) -> EncodedMedia | None:
+        """The encoding of a request's media, if it was kept."""
+        if self._cache is None or request.encoding_key is None:
+            return None
+        return self._cache.get(request.encoding_key)
+
+    def submit(
+        self,
+        request: VisualRequest,
+        deadline: float,
+        stop: Stop | None = None,
+        listener: Listener | None = None,
+    ) -> Ticket:
         """Queues `request`; its answers, or its error, arrive in the ticket's future."""
-        ticket = Ticket(request, deadline)
+        ticket = Ticket(request, deadline, stop or Stop(), listener)
         self._tickets.put(ticket)
         return ticket
 
@@ -133,42 +237,138 @@ class Engine(Generic[M]):
             self._model.set_exception(error)
             return
         try:
-            while batch := self._gather():
-                self._answer([ticket for ticket in batch if not ticket.over and ticket.begin()])
+            self._session = self._new_session()
+            while self._working or not self._stopping:
+                self._go_on()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: without this thread nothing is answered
             self._on_death(error)
 
+    def _new_session(self) -> Session:
+        return self._model.result().session(self._cache)
+
+    def _go_on(self) -> None:
+        arrived = self._gather()
+        self._progress_at = time.monotonic()
+        try:
+            self._join(arrived)
+            self._step()
+        finally:
+            self._progress_at = None
+
     def _gather(self) -> list[Ticket]:
+        """Those whose turn it is; waits for the first where nothing is at work."""
         batch: list[Ticket] = []
         close_at: float | None = None
-        while len(batch) < self._max_batch:
+        while not self._stopping and self._has_room(len(batch)):
             try:
-                ticket = self._tickets.get(timeout=close_at and max(0.0, close_at - time.monotonic()))
+                wait_s = 0.0 if self._working else close_at and max(0.0, close_at - time.monotonic())
+                ticket = self._tickets.get(timeout=wait_s) if wait_s != 0 else self._tickets.get_nowait()
             except Empty:
                 break
             if ticket is None:
-                if batch:
-                    self._tickets.put(None)  # answer these first
+                self._stopping = True
                 break
             batch.append(ticket)
-            close_at = close_at or time.monotonic() + self._max_wait_s
-        return batch
+            close_at = close_at or time.monotonic() + self._limits.max_wait_s
+        return [ticket for ticket in batch if not ticket.over and ticket.begin()]
 
-    def _answer(self, batch: list[Ticket]) -> None:
+    def _has_room(self, arrived: int) -> bool:
+        if len(self._working) + arrived >= self._limits.max_batch:
+            return False
+        return not self._working or self._session.tokens < self._limits.max_tokens
+
+    def _join(self, batch: Sequence[Ticket]) -> None:
         if not batch:
             return
         began = time.monotonic()
         try:
-            answers = self._model.result().answer_batch(
-                [ticket.request for ticket in batch], should_stop=lambda index: batch[index].over
-            )
+            requests = self._session.ask([ticket.request for ticket in batch])
         except Exception as error:  # noqa: BLE001 - it belongs to one job, which the future tells it to
-            if len(batch) == 1:
-                batch[0].future.set_exception(error)
-                return
-            for ticket in batch:  # only the culprit fails
-                self._answer([ticket])
+            failure = _kept(error)
+        else:
+            self._working += [
+                _Work(ticket, request, began) for ticket, request in zip(batch, requests, strict=True)
+            ]
+            self._on_batch(len(self._working))
             return
-        self._on_batch(len(batch))
-        for ticket, own in zip(batch, answers, strict=True):
-            ticket.future.set_result(Answered(own, len(batch) - 1, began))
+        if len(batch) == 1 and _out_of_memory(failure) and self._working:
+            self._finish()  # and try again by itself
+            self._join(batch)
+        elif len(batch) == 1:
+            _fail(batch[0], failure)
+        else:
+            for part in _parts(batch, failure):
+                self._join(part)
+
+    def _step(self) -> None:
+        """A token for everyone at work, and the answers of those that are done."""
+        for work in self._working:
+            if work.ticket.over:
+                work.request.cancel()
+        self.progress()
+        try:
+            events = self._session.step() if self._working else ()
+        except Exception as error:  # noqa: BLE001 - as in `_join`
+            failure = _kept(error)
+        else:
+            self._tell(events)
+            self._settle()
+            return
+        failed, self._working, self._session = self._working, [], self._new_session()
+        self._answer_apart([work.ticket for work in failed], failure)
+
+    def _tell(self, events: Sequence[tuple[Any, int, str]]) -> None:
+        listeners = {id(work.request): work.ticket.listener for work in self._working}
+        for request, question, text in events:
+            if text and (listener := listeners[id(request)]):
+                listener.text(question, text)
+
+    def _settle(self) -> None:
+        for work in self._working:
+            if work.request.done:
+                answers = self._session.answers(work.request)
+                work.ticket.future.set_result(Answered(answers, work.request.shared_with, work.began))
+        self._working = [work for work in self._working if not work.request.done]
+
+    def _answer_apart(self, batch: Sequence[Ticket], failure: Exception) -> None:
+        """Only the culprit fails: the others are answered anew, in parts and beside nobody else."""
+        if len(batch) == 1:
+            _fail(batch[0], failure)
+            return
+        for ticket in batch:
+            if ticket.listener:
+                ticket.listener.again()
+        for part in _parts(batch, failure):
+            self._join(part)
+            self._finish()
+
+    def _finish(self) -> None:
+        while self._working:
+            self._step()
+
+
+def _kept(error: Exception) -> Exception:
+    """The error; where memory is short, without the frames, which hold the failed batch's tensors."""
+    return error.with_traceback(None) if _out_of_memory(error) else error
+
+
+def _parts(batch: Sequence[Ticket], failure: Exception) -> list[Sequence[Ticket]]:
+    """One by one, or by halves where memory is short."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    memory = _out_of_memory(failure)
+    log.warning("a batch of %d failed (%s): in parts", len(batch), type(failure).__name__)
+    size = -(-len(batch) // 2) if memory else 1
+    return [batch[first : first + size] for first in range(0, len(batch), size)]
+
+
+def _fail(ticket: Ticket, failure: Exception) -> None:
+    fault = OutOfMemoryError("The request does not fit into the device's memory; ask for less.")
+    ticket.future.set_exception(fault if _out_of_memory(failure) else failure)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """On CUDA torch has a type for it; on the CPU a RuntimeError that names its allocator."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator: " in str(error)
+    )

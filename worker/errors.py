@@ -16,6 +16,14 @@ class DeadlineExceededError(PrismError):
     title = "Deadline exceeded"
 
 
+class StoppedError(PrismError):
+    """The job was told to stop; the message is the reason's value."""
+
+    slug = "job-canceled"
+    status = 409
+    title = "Job canceled"
+
+
 class DeadLetteredError(PrismError):
     """Every attempt at the job ended with its worker."""
 
@@ -24,12 +32,24 @@ class DeadLetteredError(PrismError):
     title = "Job given up"
 
 
+class OutOfMemoryError(PrismError):
+    """The request does not fit into the device's memory, even by itself."""
+
+    slug = "out-of-memory"
+    status = 507
+    title = "Out of memory"
+
+
 class MediaNotFoundError(PrismError):
     """The media store no longer holds what the job refers to."""
 
     slug = "media-not-found"
     status = 404
     title = "Media not found"
+
+
+class JobGivenBackError(Exception):
+    """The job waits in the queue again; its delivery has to go back there, too."""
 
 
 def problem(error: Exception) -> Problem:

@@ -1,11 +1,14 @@
-"""Tells the front end, every few seconds, that this worker lives; and keeps its leases."""
+"""What a worker does every few seconds: tells that it lives, keeps its leases, looks for lost jobs."""
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
-from typing import TYPE_CHECKING, Self
+import time
+from typing import TYPE_CHECKING, Any, Self
 
+from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
 from worker.contract import WORKERS_KEY
@@ -20,19 +23,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+FORGET_S = 600.0
+"""The heartbeat of a worker that was killed stays this long for the curious."""
+
 
 class Heartbeat:
     """A thread that beats until the block ends, then removes the worker from the list.
 
-    A broker that is away costs beats, not the worker: the next beat tries again.
+    redis: a quick client; a broker that is away costs beats, not the worker: the next beat tries again.
+    `send_again` puts a job, given as id and payload, into the queue; `check` is called at every beat.
     """
 
     def __init__(
-        self, redis: Redis, jobs: Jobs, status: Callable[[], WorkerStatus], *, every_s: float
+        self,
+        redis: Redis,
+        jobs: Jobs,
+        status: Callable[[], WorkerStatus],
+        send_again: Callable[[str, dict[str, Any]], None],
+        check: Callable[[], None],
+        *,
+        every_s: float,
     ) -> None:
         self._redis = redis
         self._jobs = jobs
         self._status = status
+        self._send_again = send_again
+        self._check = check
         self._every_s = every_s
         self._wake = threading.Event()
         self._stopping = False
@@ -54,17 +70,32 @@ class Heartbeat:
     def _main(self) -> None:
         while not self._stopping:
             self._try(self._beat)
+            self._try(self._recover)
+            self._check()
             self._wake.wait(self._every_s)
             self._wake.clear()
         self._try(lambda: self._redis.hdel(WORKERS_KEY, self._status().worker_id))
 
     def _beat(self) -> None:
         status = self._status()
-        self._redis.hset(WORKERS_KEY, status.worker_id, status.model_dump_json())
         self._jobs.renew_leases()
+        self._redis.hset(WORKERS_KEY, status.worker_id, status.model_dump_json())
+
+    def _recover(self) -> None:
+        for job_id, payload in self._jobs.sweep():
+            log.warning("job %s was lost and is sent again", job_id)
+            self._send_again(job_id, payload)
+            self._jobs.put_first()
+        beats: dict[str, str] = self._redis.hgetall(WORKERS_KEY)  # type: ignore[assignment]  # decoded
+        for gone in [key for key, beat in beats.items() if _seen_at(beat) < time.time() - FORGET_S]:
+            self._redis.hdel(WORKERS_KEY, gone)
 
     def _try(self, action: Callable[[], object]) -> None:
         try:
             action()
-        except RedisError as error:
+        except (RedisError, OperationalError) as error:
             log.warning("heartbeat: the broker does not answer (%s)", type(error).__name__)
+
+
+def _seen_at(beat: str) -> float:
+    return float(json.loads(beat).get("seen_at", 0))

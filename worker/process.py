@@ -1,38 +1,51 @@
 """A worker process from start to end: what lives how long, and what ends it.
 
-Leaves with 0 after a warm shutdown (SIGTERM: running jobs are finished), 1 if the model cannot be loaded,
-70 if the engine died.
+Runs under `worker.supervisor`. Leaves with 0 after SIGTERM (running jobs are finished, or given back when the
+grace is over), 1 if the model cannot be loaded, 70 if the engine died or the supervisor is gone.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
+import threading
 import time
 import warnings
+from functools import partial
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from celery.platforms import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
 from PIL import Image
+from torch.nn import ModuleList
 
 from prismprune import METHODS, PrismError, PrunedVLM
-from worker.app import create_app
-from worker.contract import WorkerStatus
-from worker.engine import Engine
+from prismprune.caching import EncodingCache
+from worker.app import create_app, send_again
+from worker.cancellations import Cancellations
+from worker.contract import WorkerStatus, queue_name
+from worker.engine import Engine, Limits
 from worker.errors import without_content
 from worker.heartbeat import Heartbeat
 from worker.jobs import Jobs, connect
+from worker.limits import memory_limit_bytes
 from worker.metrics import WorkerMetrics
+from worker.probes import Probes
+from worker.pulse import Pulse
 from worker.settings import WorkerSettings
+from worker.stops import StopReason
 from worker.store import MediaStore
+from worker.supervisor import EX_GIVE_UP, MARGIN_S
 from worker.tasks import JobRunner
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 log = logging.getLogger(__name__)
@@ -41,62 +54,96 @@ EX_ENGINE_DIED = 70
 """`EX_SOFTWARE` of sysexits.h."""
 
 
-def main() -> int:
-    """Serves until told to stop; returns the exit code."""
-    settings = WorkerSettings()
+def main(make: Callable[[WorkerSettings, int], WorkerProcess] | None = None) -> int:
+    """Serves until told to stop; returns the exit code. The last argument is the pipe to the supervisor."""
+    settings, pipe = WorkerSettings(), int(sys.argv[-1])
     _configure_logging(settings.log_level)
+    faulthandler.enable()  # the supervisor aborts a process that hangs: the log tells where
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold what callers sent
     # Until the model is loaded nothing runs that would be worth finishing; then Celery's handler takes over.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    return WorkerProcess(settings).run()
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, lambda *_: sys.exit(0))
+    return (make or WorkerProcess)(settings, pipe).run()
 
 
 class WorkerProcess:
-    """Metrics and heartbeat from the first second, the engine, and Celery once the engine is warm."""
+    """Metrics and heartbeat from the first second, the engine, and Celery once the engine is warm.
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    pipe: where the supervisor reads the pulse.
+    """
+
+    def __init__(self, settings: WorkerSettings, pipe: int) -> None:
         self._settings = settings
         self._id = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
         self._metrics = WorkerMetrics(settings.model)
         self._draining = False
-        redis = connect(settings.broker_url)
-        self._jobs = Jobs(redis, lease_s=settings.lease_s, max_attempts=settings.max_attempts)
-        self._heartbeat = Heartbeat(redis, self._jobs, self._status, every_s=settings.heartbeat_s)
+        quick = connect(settings.broker_url, patient=False)
+        self._jobs = Jobs(
+            connect(settings.broker_url),
+            quick,
+            settings.model,
+            lease_s=settings.lease_s,
+            max_attempts=settings.max_attempts,
+        )
         self._engine = Engine(
             self._load,
-            max_batch=settings.max_batch,
-            max_wait_s=settings.max_wait_ms / 1e3,
+            limits=Limits(settings.max_batch, settings.max_batch_tokens, settings.max_wait_ms / 1e3),
+            cache=EncodingCache(settings.media_cache_bytes),
             on_batch=self._metrics.batch,
             on_death=_die,
+        )
+        self._probes = Probes(
+            waiting=lambda: int(quick.llen(queue_name(settings.model))),
+            running=lambda: self._jobs.running,
+            ended=lambda: self._metrics.ended,
+            ready=lambda: self._ready,
+        )
+        self._app = create_app(settings, self._runner())
+        self._heartbeat = Heartbeat(
+            quick,
+            self._jobs,
+            self._status,
+            partial(send_again, self._app),
+            self._leave_if_deaf,
+            every_s=settings.heartbeat_s,
+        )
+        self._cancellations = Cancellations(quick, self._jobs)
+        self._pulse = Pulse(pipe, self._stalled, self._jobs.fence, _orphaned)
+
+    def _runner(self) -> JobRunner:
+        settings = self._settings
+        return JobRunner(
+            self._jobs,
+            MediaStore(settings.media_url),
+            self._engine,
+            self._metrics,
+            default_budget=settings.default_token_budget,
+            decoders=settings.concurrency,
         )
 
     def run(self) -> int:
         """Loads, serves, and takes down in the reverse order; returns the exit code."""
         settings = self._settings
         with (
-            self._metrics.serving(settings.metrics_host, settings.worker_metrics_port),
+            self._pulse,
+            self._metrics.serving(settings.metrics_host, settings.worker_metrics_port, self._probes),
             self._heartbeat,
+            self._cancellations,
             self._engine,
         ):
             try:
                 model = self._engine.model()
             except PrismError as error:
                 log.critical("%s cannot be served: %s", settings.model, error)
-                return 1
+                return EX_GIVE_UP
             self._describe(model)
+            self._pulse.warm()
             self._heartbeat.beat_now()
             log.info("%s is warm on %s", settings.model, model.device)
             return self._consume()
 
     def _consume(self) -> int:
-        settings = self._settings
-        runner = JobRunner(
-            self._jobs,
-            MediaStore(settings.media_url),
-            self._engine,
-            self._metrics,
-            default_budget=settings.default_token_budget,
-        )
-        consumer = create_app(settings, runner).Worker(
+        consumer = self._app.Worker(
             hostname=self._id, quiet=True, without_gossip=True, without_mingle=True, without_heartbeat=True
         )
         worker_shutting_down.connect(self._drain)
@@ -104,8 +151,25 @@ class WorkerProcess:
         return consumer.exitcode or 0
 
     def _drain(self, **_: Any) -> None:
+        """Celery takes no more jobs and waits for those that run; that wait has an end here."""
         self._draining = True
         self._heartbeat.beat_now()
+        grace_s = self._settings.grace_s
+        _later(grace_s, partial(self._jobs.stop_all, StopReason.DRAINING))
+        _later(grace_s + MARGIN_S, partial(os._exit, 0))  # what is not given back by then is found by others
+
+    @property
+    def _ready(self) -> bool:
+        return self._engine.warm and not self._draining
+
+    def _leave_if_deaf(self) -> None:
+        """A consumer that lost its connection without a word takes no job any more; a new process does."""
+        if not self._probes.alive:
+            log.critical("jobs wait and none is taken")
+            os._exit(EX_ENGINE_DIED)
+
+    def _stalled(self) -> bool:
+        return self._engine.stalled_s > self._settings.engine_stall_s
 
     def _load(self) -> PrunedVLM:
         settings = self._settings
@@ -117,6 +181,7 @@ class WorkerProcess:
             quantization=settings.quantization,
             progress=_Progress(),
         )
+        _watch_layers(model.model, self._engine.progress)
         # The first pass allocates and compiles what later ones find ready.
         picture = Image.new("RGB", (64, 64))
         model.answer(picture, "What is this?", settings.default_token_budget, max_new_tokens=2)
@@ -125,7 +190,10 @@ class WorkerProcess:
     def _describe(self, model: PrunedVLM) -> None:
         self._metrics.describe(family=model.family, quantization=model.quantization, revision=model.revision)
         self._metrics.watch(
-            str(model.device), memory_bytes=model.memory_bytes, jobs_running=lambda: self._jobs.running
+            str(model.device),
+            memory_bytes=model.memory_bytes,
+            jobs_running=lambda: self._jobs.running,
+            limit_bytes=memory_limit_bytes(model.device),
         )
 
     def _status(self) -> WorkerStatus:
@@ -140,7 +208,7 @@ class WorkerProcess:
             modalities=model.modalities if model else (),
             methods=METHODS,
             default_token_budget=self._settings.default_token_budget,
-            warm=model is not None and not self._draining,
+            warm=self._ready,
             jobs_running=self._jobs.running,
             seen_at=time.time(),
         )
@@ -164,6 +232,24 @@ def _die(error: BaseException) -> None:
     os._exit(EX_ENGINE_DIED)
 
 
+def _orphaned() -> None:
+    log.critical("the supervisor is gone")
+    os._exit(EX_ENGINE_DIED)
+
+
+def _later(seconds: float, action: Callable[[], object]) -> None:
+    timer = threading.Timer(seconds, action)
+    timer.daemon = True
+    timer.start()
+
+
+def _watch_layers(model: Any, progress: Callable[..., None]) -> None:
+    """Calls `progress` whenever a layer begins: of the tower, of the language model, of any stack."""
+    for stack in [module for module in model.modules() if isinstance(module, ModuleList)]:
+        for layer in stack:
+            layer.register_forward_pre_hook(progress)
+
+
 def _configure_logging(level: str) -> None:
     """To stderr, in our format. Celery and kombu never log at DEBUG, where they print whole messages."""
     logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -180,3 +266,7 @@ def _configure_logging(level: str) -> None:
 
 def _keep_logging(**_: Any) -> None:
     """Leaves logging as it is."""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

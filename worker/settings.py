@@ -29,19 +29,33 @@ class WorkerSettings(BaseSettings):
     """Where a request names neither a budget nor a ratio. 64: a ninth of LLaVA-1.5's 576 tokens."""
 
     max_batch: Annotated[int, Field(ge=1)] = 8
-    max_wait_ms: Annotated[float, Field(ge=0)] = 10
-    """How long the first job of a batch waits for neighbours: little beside the tower's time."""
+    """Requests answered at once; others join as these end."""
+    max_batch_tokens: Annotated[int, Field(ge=1)] = 32_768
+    """Text and visual tokens, with room for the longest answers: once those at work may come to take so many,
+    no other joins. `prismprune plan` prints what a token takes: 0.5 MiB for a model of 7B at 16 bits."""
+    max_wait_ms: Annotated[float, Field(ge=0)] = 5
+    """How long an idle engine's first job waits for neighbours; who comes later joins between two tokens."""
+    media_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    """Device memory for visual tokens kept for further questions about the same media; 0: none are kept."""
     concurrency: Annotated[int, Field(ge=1)] = 16
     """Jobs held at once. Twice the batch, so that the next one is decoded while this one generates."""
 
     max_attempts: Annotated[int, Field(ge=1)] = 3
-    """A job whose worker died this often is failed as dead-lettered instead of killing one more."""
-    lease_s: Annotated[float, Field(gt=0)] = 20
-    heartbeat_s: Annotated[float, Field(gt=0)] = 5
-    """Every beat reports the worker and renews its leases: three may be lost before a lease runs out."""
+    """A job whose worker died this often while it ran alone is given up instead of killing one more."""
+    lease_s: Annotated[float, Field(gt=0)] = 15
+    """A job belongs to its worker for so long after the last sign of life; then another may have it."""
+    heartbeat_s: Annotated[float, Field(gt=0)] = 3
+    """Every beat reports the worker, renews its leases and looks for jobs that were lost. Three may fail
+    before a worker must stop what it can no longer be sure to own."""
     visibility_timeout_s: Annotated[float, Field(gt=0)] = 60
-    """After this long a delivery that nobody acknowledged is delivered again. A job that still runs then is
-    protected by its lease: the second delivery waits for the first."""
+    """Kombu's own: after so long a delivery that nobody acknowledged comes again. One too many is dropped."""
+
+    engine_stall_s: Annotated[float, Field(gt=0)] = 120
+    """An engine that passes no layer of its model for so long hangs, and its process is replaced."""
+    grace_s: Annotated[float, Field(ge=0)] = 15
+    """After SIGTERM running jobs have so long to end; then they go back to the queue."""
+    max_restarts_per_minute: Annotated[int, Field(ge=1)] = 12
+    """A process that keeps dying is not replaced more often."""
 
     metrics_host: str = "127.0.0.1"
     worker_metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9101
@@ -50,6 +64,6 @@ class WorkerSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _leases_outlive_beats(self) -> Self:
-        if not self.heartbeat_s < self.lease_s < self.visibility_timeout_s:
-            raise ValueError("PRISM_HEARTBEAT_S < PRISM_LEASE_S < PRISM_VISIBILITY_TIMEOUT_S is required")
+        if not 3 * self.heartbeat_s < self.lease_s < self.visibility_timeout_s:
+            raise ValueError("3 * PRISM_HEARTBEAT_S < PRISM_LEASE_S < PRISM_VISIBILITY_TIMEOUT_S is required")
         return self

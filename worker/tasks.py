@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
+from redis.exceptions import RedisError
 
 from prismprune.errors import PrismError
 from worker.answering import answer_result, decode, visual_request
-from worker.contract import AnswerJob, AnswerResult, JobState
-from worker.errors import DeadLetteredError, DeadlineExceededError, problem, without_content
-from worker.jobs import Claim, Outcome, Settled
+from worker.company import Company
+from worker.contract import AnswerJob, AnswerResult, DeadLetter, JobState
+from worker.errors import (
+    DeadLetteredError,
+    DeadlineExceededError,
+    JobGivenBackError,
+    StoppedError,
+    problem,
+    without_content,
+)
+from worker.jobs import Claim, Outcome, Refusal, Settled
+from worker.stops import StopReason, result_within
+from worker.story import Story
 
 if TYPE_CHECKING:
-    from worker.engine import Engine
+    from prismprune.vlm import VisualRequest
+    from worker.engine import Answered, Engine
     from worker.jobs import Jobs
     from worker.metrics import WorkerMetrics
     from worker.store import MediaStore
@@ -26,7 +43,8 @@ log = logging.getLogger(__name__)
 class JobRunner:
     """Runs in a thread of Celery's pool, so that decoding overlaps with what the engine does.
 
-    Raises nothing but `RedisError`: how a job ends stands in Redis.
+    How a job ends stands in Redis. Raises `JobGivenBackError` for a job that another worker is to run, and
+    `RedisError` where nothing could be written: then, too, the delivery goes back to the queue.
     """
 
     def __init__(
@@ -37,39 +55,66 @@ class JobRunner:
         metrics: WorkerMetrics,
         *,
         default_budget: int | Literal["all"],
+        decoders: int,
     ) -> None:
         self._jobs = jobs
         self._store = store
         self._engine = engine
         self._metrics = metrics
         self._default_budget = default_budget
+        # A decode cannot be interrupted, only left behind; so many of them at once cannot harm.
+        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decoder")
+        self._company = Company()
 
     def __call__(self, job_id: str, payload: dict[str, Any]) -> None:
-        claim = self._jobs.claim(job_id)
-        if claim is None:
-            log.warning("job %s is unknown to the broker and was dropped", job_id)
-            return
-        job = _read(job_id, payload)
-        if isinstance(claim, Settled):  # delivered again after its end, or canceled before its start
-            self._observe(job, claim, None)
-            return
-        outcome = self._attempt(job, claim)
-        settled = self._jobs.finish(claim, outcome)
-        if settled is not None:
-            self._observe(job, settled, outcome.result)
-
-    def _attempt(self, job: AnswerJob | None, claim: Claim) -> Outcome:
-        if claim.exhausted or claim.attempt > 1:
+        with self._jobs.in_hand(job_id) as first:
+            if not first:  # it is found again should this process die
+                log.info("job %s was delivered twice", job_id)
+                return
+            job, text = _read(job_id, payload), json.dumps(payload)
+            with self._company.shared():
+                claim = self._jobs.claim(job_id, text)
+                if claim is not Refusal.SUSPECT:
+                    self._work(job_id, job, claim)
+                    return
             self._metrics.redelivered.inc()
+            with self._company.alone(_monotonic(job.deadline_at if job else math.inf)):
+                self._work(job_id, job, self._jobs.claim(job_id, text, alone=True))
+
+    def _work(self, job_id: str, job: AnswerJob | None, claim: Claim | Settled | Refusal) -> None:
+        if isinstance(claim, Refusal):
+            log.warning("job %s was dropped: %s", job_id, claim.value)
+        elif isinstance(claim, Settled):  # delivered again after its end, or canceled before its start
+            self._observe(job, claim, None)
+        elif (outcome := self._attempt(job, claim)) is not None:
+            settled = self._jobs.finish(claim, outcome)
+            if settled is not None:
+                self._observe(job, settled, outcome.result)
+
+    def _attempt(self, job: AnswerJob | None, claim: Claim) -> Outcome | None:
+        """How the job ended; None if it did not, as another worker has it."""
         try:
             return Outcome(JobState.SUCCEEDED, self._answer(job, claim))
+        except StoppedError:
+            return self._stopped(claim)
         except DeadlineExceededError as error:
             return Outcome(JobState.EXPIRED, problem(error))
+        except DeadLetteredError as error:
+            return Outcome(JobState.FAILED, problem(error), _dead_letter(job, claim))
         except PrismError as error:
             return Outcome(JobState.FAILED, problem(error))
+        except RedisError:
+            raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it fails this job and no other
             log.error("job %s failed: %s", claim.job_id, without_content(error))  # noqa: TRY400 - see there
             return Outcome(JobState.FAILED, problem(error))
+
+    def _stopped(self, claim: Claim) -> Outcome | None:
+        if claim.stop.reason is StopReason.CANCELED:
+            return Outcome(JobState.CANCELED, problem(StoppedError("The job was canceled.")))
+        if self._jobs.give_back(claim):
+            raise JobGivenBackError(claim.job_id)
+        return None
 
     def _answer(self, job: AnswerJob | None, claim: Claim) -> AnswerResult:
         if claim.exhausted:
@@ -82,9 +127,33 @@ class JobRunner:
             raise DeadlineExceededError("The deadline passed while the job waited for a worker.")
         queued_s = max(0.0, now - job.created_at)  # another machine's clock
         deadline = claim.at + job.deadline_at - now
-        request = visual_request(job, decode(job, self._store), self._default_budget)
-        answered = self._engine.submit(request, deadline).answered()
+        request = self._with_media(visual_request(job, self._default_budget), job, claim, deadline)
+        answered = self._through_engine(job, claim, request, deadline)
         return answer_result(job, answered, queued_s=queued_s, claimed_at=claim.at)
+
+    def _with_media(
+        self, request: VisualRequest, job: AnswerJob, claim: Claim, deadline: float
+    ) -> VisualRequest:
+        """Media that were encoded before are not even decoded."""
+        if (encoded := self._engine.encoded(request)) is not None:
+            return replace(request, encoded=encoded)
+        media = self._decoders.submit(decode, job, self._store)
+        return replace(request, media=result_within(media, claim.stop, deadline))
+
+    def _through_engine(
+        self, job: AnswerJob, claim: Claim, request: VisualRequest, deadline: float
+    ) -> Answered:
+        story = Story(partial(self._jobs.tell, claim), claim.attempt) if job.stream else None
+        ticket = self._engine.submit(request, deadline, claim.stop, story)
+        try:
+            return ticket.answered(story.write if story else None)
+        except StoppedError:
+            if claim.stop.reason is not StopReason.CANCELED:
+                ticket.let_go()  # before that nobody else may begin
+            raise
+        finally:
+            if story and claim.stop.reason is None:
+                self._jobs.insist(story.write_all)
 
     def _observe(self, job: AnswerJob | None, settled: Settled, result: AnswerResult | None) -> None:
         if not settled.first:
@@ -104,3 +173,21 @@ def _read(job_id: str, payload: dict[str, Any]) -> AnswerJob | None:
         fields = sorted({".".join(map(str, found["loc"])) for found in error.errors(include_input=False)})
         log.error("job %s is not readable: %s", job_id, ", ".join(fields))  # noqa: TRY400 - it quotes the question
         return None
+
+
+def _dead_letter(job: AnswerJob | None, claim: Claim) -> DeadLetter | None:
+    if job is None:
+        return None
+    return DeadLetter(
+        id=job.id,
+        request_id=job.request_id,
+        model=job.model,
+        attempts=claim.attempt,
+        media=tuple(ref.id for ref in job.media),
+        created_at=job.created_at,
+        given_up_at=time.time(),
+    )
+
+
+def _monotonic(unix_s: float) -> float:
+    return time.monotonic() + unix_s - time.time()

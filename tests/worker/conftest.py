@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import threading
 import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
+import torch
 from obstore.store import from_url
 from PIL import Image
 
@@ -24,12 +27,14 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from prismprune import VisualRequest
+    from prismprune.caching import EncodingCache
 
 
 class Scripted:
-    """Answers each question with itself. A question may ask for more: see `_say`.
+    """Answers each question with itself. A question may ask for more: see `ScriptedSession`.
 
-    `gate` holds every batch until it is set; `batches` lists the questions of each call.
+    `gate` holds whoever joins until it is set; `batches` lists the questions of each joining; of more than
+    `fits` requests at once it says that memory is short; each takes `tokens_each` tokens.
     """
 
     def __init__(self) -> None:
@@ -37,28 +42,81 @@ class Scripted:
         self.entered = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
+        self.fits: float = math.inf
+        self.tokens_each = 1
 
-    def answer_batch(
-        self, requests: Sequence[VisualRequest], *, should_stop: Callable[[int], bool] | None = None
-    ) -> list[list[Answer]]:
-        self.batches.append([question for request in requests for question in request.questions])
-        self.entered.set()
-        assert self.gate.wait(30)
-        return [
-            [self._say(question, index, should_stop) for question in request.questions]
-            for index, request in enumerate(requests)
-        ]
+    def session(self, cache: EncodingCache | None = None) -> ScriptedSession:
+        del cache  # media are not looked at
+        return ScriptedSession(self)
 
-    def _say(self, question: str, index: int, should_stop: Callable[[int], bool] | None) -> Answer:
+
+@dataclass(eq=False)
+class ScriptedRequest:
+    """One request in a `ScriptedSession`."""
+
+    questions: tuple[str, ...]
+    shared_with: int = 0
+    canceled: bool = False
+    steps: int = 0
+    done: bool = False
+
+    def cancel(self) -> None:
+        self.canceled = True
+
+
+class ScriptedSession:
+    """Says the words of each question in the first step and ends it in the second."""
+
+    def __init__(self, script: Scripted) -> None:
+        self._script = script
+        self.pending: list[ScriptedRequest] = []
+
+    @property
+    def tokens(self) -> int:
+        return self._script.tokens_each * len(self.pending)
+
+    def ask(self, requests: Sequence[VisualRequest]) -> list[ScriptedRequest]:
+        script = self._script
+        if len(self.pending) + len(requests) > script.fits:
+            raise torch.OutOfMemoryError
+        script.batches.append([question for request in requests for question in request.questions])
+        script.entered.set()
+        assert script.gate.wait(30)
+        asked = [ScriptedRequest(request.questions) for request in requests]
+        self.pending += asked
+        for one in self.pending:
+            one.shared_with = max(one.shared_with, len(self.pending) - 1)
+        return asked
+
+    def step(self) -> list[tuple[ScriptedRequest, int, str]]:
+        events = [event for one in self.pending for event in self._advance(one)]
+        self.pending = [one for one in self.pending if not one.done]
+        return events
+
+    def _advance(self, one: ScriptedRequest) -> list[tuple[ScriptedRequest, int, str]]:
+        one.steps += 1
+        if one.steps == 1:
+            return [(one, number, word) for number, q in enumerate(one.questions) for word in q.split()]
+        one.done = all(self._ends(one, question) for question in one.questions)
+        return []
+
+    @staticmethod
+    def _ends(one: ScriptedRequest, question: str) -> bool:
+        if question == "too large":
+            raise MemoryError
         if question.startswith("raise"):
             raise RuntimeError(question)
         if question == "exit":
             raise SystemExit(3)
         if question == "for ever":
-            while not (should_stop and should_stop(index)):
-                time.sleep(0.001)
-            return answer(question, finish_reason="canceled")
-        return answer(question)
+            time.sleep(0.001)
+            return one.canceled
+        return True
+
+    @staticmethod
+    def answers(one: ScriptedRequest) -> list[Answer]:
+        reason = "canceled" if one.canceled else "stop"
+        return [answer(question, finish_reason=reason) for question in one.questions]
 
 
 def answer(text: str, **changes: Any) -> Answer:
@@ -88,7 +146,12 @@ def redis(broker_url: str) -> Iterator[Redis]:
 @pytest.fixture
 def jobs(redis: Redis) -> Jobs:
     """Job state with leases that a test never outlives."""
-    return Jobs(redis, lease_s=60, max_attempts=3)
+    return tiny_jobs(redis)
+
+
+def tiny_jobs(redis: Redis, *, lease_s: float = 60, max_attempts: int = 3) -> Jobs:
+    """The jobs of the model that `make_job` asks for, as one worker sees them."""
+    return Jobs(redis, redis, "tiny", lease_s=lease_s, max_attempts=max_attempts)
 
 
 @pytest.fixture

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import av
 import numpy as np
 import pytest
-from PIL import Image
 
 from prismprune import TokenBudget
-from prismprune.media import Picture
 from prismprune.results import PartMap
 from tests.worker.conftest import answer, stored
 from worker.answering import answer_result, decode, visual_request
-from worker.contract import AnswerResult, Generation, PrismOptions
+from worker.contract import AnswerResult, FrameSampling, Generation, PrismOptions
 from worker.engine import Answered
 from worker.store import MediaStore
 
@@ -27,8 +25,6 @@ if TYPE_CHECKING:
     from worker.contract import AnswerJob
 
     MakeJob = Callable[..., AnswerJob]
-
-MEDIA = (Picture(Image.new("RGB", (8, 8))),)
 
 
 def result_of(job: AnswerJob, *answers: Any) -> AnswerResult:
@@ -51,21 +47,39 @@ def test_the_default_budget_is_for_those_who_name_none(
     make_job: MakeJob, asked: dict[str, Any], expected: TokenBudget
 ) -> None:
     """A budget, a ratio or `all` is taken at its word."""
-    assert visual_request(make_job(**asked), MEDIA, 64).budget == expected
+    assert visual_request(make_job(**asked), 64).budget == expected
 
 
 def test_the_methods_own_options_go_to_that_method_only(make_job: MakeJob) -> None:
     """`prism` is tuned; another method has none of its options."""
     tuned = PrismOptions(salient_share=0.25, pool_factor=8)
-    request = visual_request(make_job(prism=tuned), MEDIA, "all")
+    request = visual_request(make_job(prism=tuned), "all")
     assert request.method_options == {"salient_share": 0.25, "pool_factor": 8}
-    assert visual_request(make_job(prism=tuned, method="uniform"), MEDIA, "all").method_options == {}
+    assert visual_request(make_job(prism=tuned, method="uniform"), "all").method_options == {}
+
+
+def test_an_encoding_is_kept_for_the_same_media_sampling_budget_and_method(make_job: MakeJob) -> None:
+    """Whatever decides it tells encodings apart; the question and how it is answered do not."""
+    plain = make_job("One?")
+    same = make_job("Another?", generation=Generation(temperature=1.0))
+    others = [
+        make_job(token_budget=63),
+        make_job(keep_ratio=0.5),
+        make_job(method="uniform"),
+        make_job(prism=PrismOptions(pool_factor=8)),
+        make_job(sampling=FrameSampling(num_frames=4)),
+        make_job(media=(plain.media[0].model_copy(update={"id": "1" * 64}),)),
+        make_job(media=plain.media * 2),
+    ]
+    keys = [visual_request(job, 64).encoding_key for job in (plain, same, *others)]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 1 + len(others)
 
 
 def test_generation_is_passed_on_whole(make_job: MakeJob) -> None:
     """Every field of the contract has its place in the library."""
     asked = Generation(max_new_tokens=7, temperature=0.5, top_p=0.9, seed=3, stop=("\n",), system="Be brief.")
-    generation = visual_request(make_job(generation=asked), MEDIA, "all").generation
+    generation = visual_request(make_job(generation=asked), "all").generation
     assert {name: getattr(generation, name) for name in type(asked).model_fields} == asked.model_dump()
 
 

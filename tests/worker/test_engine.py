@@ -8,22 +8,26 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismprune.errors import UnknownModelError
 from tests.worker.conftest import Scripted
-from worker.engine import Engine
-from worker.errors import DeadlineExceededError
+from worker.engine import Engine, Limits, _out_of_memory
+from worker.errors import DeadlineExceededError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from worker.engine import Ticket
 
 
-def engine(model: Scripted, *, max_batch: int = 4, **changes: Any) -> Engine[Scripted]:
+def engine(
+    model: Scripted, *, max_batch: int = 4, max_tokens: int = 10**6, max_wait_s: float = 0, **changes: Any
+) -> Engine[Scripted]:
     """An engine around `model` that does not wait for neighbours."""
-    options = {"max_wait_s": 0.0, "on_batch": lambda _: None, "on_death": lambda _: None} | changes
-    return Engine(lambda: model, max_batch=max_batch, **options)
+    limits = Limits(max_batch, max_tokens, max_wait_s)
+    options = {"on_batch": lambda _: None, "on_death": lambda _: None} | changes
+    return Engine(lambda: model, limits=limits, **options)
 
 
 def ask(running: Engine[Scripted], question: str, deadline_s: float = 60) -> Ticket:
@@ -42,8 +46,8 @@ def hold(model: Scripted, running: Engine[Scripted]) -> Ticket:
 
 @settings(deadline=None, max_examples=20)
 @given(waiting=st.integers(1, 12), max_batch=st.integers(1, 5))
-def test_what_waits_is_answered_in_full_batches(waiting: int, max_batch: int) -> None:
-    """Requests that gathered leave in order, as many as a batch takes, and each gets its own answer."""
+def test_requests_join_in_order_as_far_as_there_is_room(waiting: int, max_batch: int) -> None:
+    """Never more than a batch at work, and each gets its own answer."""
     model, sizes = Scripted(), list[int]()
     with engine(model, max_batch=max_batch, on_batch=sizes.append) as running:
         hold(model, running)
@@ -51,18 +55,45 @@ def test_what_waits_is_answered_in_full_batches(waiting: int, max_batch: int) ->
         model.gate.set()
         texts = [ticket.answered().answers[0].text for ticket in tickets]
     assert texts == [f"question {number}" for number in range(waiting)]
-    full, rest = divmod(waiting, max_batch)
-    assert sizes == [1] + [max_batch] * full + [rest] * (rest > 0)
+    assert [question for joined in model.batches for question in joined] == ["held", *texts]
+    assert max(sizes) == min(max_batch, waiting + 1)
+
+
+def test_a_request_joins_one_that_is_being_answered() -> None:
+    """It need not wait for the end of a long answer."""
+    model = Scripted()
+    with engine(model) as running:
+        long = ask(running, "for ever")
+        assert model.entered.wait(10)
+        assert ask(running, "short").answered().answers[0].text == "short"
+        assert not long.future.done()
+        long.cancel()
+
+
+def test_no_request_joins_while_the_cache_may_fill_up() -> None:
+    """Room is counted in tokens: two of fifty fill a hundred, and the third waits for one to leave."""
+    model, sizes = Scripted(), list[int]()
+    model.tokens_each = 50
+    with engine(model, max_tokens=100, on_batch=sizes.append) as running:
+        tickets = [ask(running, "for ever"), ask(running, "for ever")]
+        while sum(sizes[-1:]) < 2:
+            time.sleep(0.001)
+        waiting = ask(running, "waits")
+        time.sleep(0.05)
+        assert not waiting.future.done()
+        tickets[0].cancel()
+        assert waiting.answered().answers[0].text == "waits"
+        tickets[1].cancel()
 
 
 def test_neighbours_are_counted() -> None:
-    """Three in a batch: each shared it with two."""
+    """Three join one that is being answered: each had three beside it."""
     model = Scripted()
     with engine(model) as running:
         hold(model, running)
         tickets = [ask(running, "together") for _ in range(3)]
         model.gate.set()
-        assert [ticket.answered().shared_with for ticket in tickets] == [2, 2, 2]
+        assert [ticket.answered().shared_with for ticket in tickets] == [3, 3, 3]
 
 
 def test_a_request_waits_for_neighbours() -> None:
@@ -84,6 +115,79 @@ def test_only_the_culprit_fails() -> None:
         assert after.answered().answers[0].text == "after"
         with pytest.raises(RuntimeError):
             culprit.answered()
+
+
+def test_a_batch_too_large_is_answered_by_halves() -> None:
+    """Memory for one: four requests come through in seven calls, and all of them succeed."""
+    model, sizes = Scripted(), list[int]()
+    with engine(model, on_batch=sizes.append) as running:
+        hold(model, running)
+        model.fits = 1
+        tickets = [ask(running, f"number {number}") for number in range(4)]
+        model.gate.set()
+        texts = [ticket.answered().answers[0].text for ticket in tickets]
+    assert texts == [f"number {number}" for number in range(4)]
+    assert sizes == [1] * 5
+
+
+def test_what_does_not_fit_by_itself_fails_alone() -> None:
+    """With a clear problem; its neighbours are answered together as far as they fit."""
+    model = Scripted()
+    with engine(model) as running:
+        hold(model, running)
+        fitting = [ask(running, "fits"), ask(running, "fits")]
+        culprit = ask(running, "too large")
+        model.gate.set()
+        assert [ticket.answered().shared_with for ticket in fitting] == [1, 1]
+        with pytest.raises(OutOfMemoryError):
+            culprit.answered()
+
+
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [
+        (torch.OutOfMemoryError(), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("shapes"), False),
+    ],
+)
+def test_torch_says_in_several_ways_that_memory_is_short(error: Exception, *, short: bool) -> None:
+    """By type on a GPU, in words on the CPU."""
+    assert _out_of_memory(error) is short
+
+
+def test_a_listener_hears_the_text_and_of_a_new_beginning() -> None:
+    """What a failed batch has said does not count."""
+    heard: list[tuple[int, str] | None] = []
+    listener: Any = SimpleNamespace(
+        text=lambda question, text: heard.append((question, text)), again=lambda: heard.append(None)
+    )
+    model = Scripted()
+    with engine(model) as running:
+        hold(model, running)
+        request: Any = SimpleNamespace(questions=("two words",))
+        ticket = running.submit(request, time.monotonic() + 60, listener=listener)
+        ask(running, "raise")
+        model.gate.set()
+        ticket.answered()
+    said = [(0, "two"), (0, "words")]
+    assert heard == [*said, None, *said]
+
+
+def test_an_engine_that_makes_no_progress_is_seen() -> None:
+    """The time since the last step counts, of a batch at work; an idle engine never stalls."""
+    model = Scripted()
+    with engine(model) as running:
+        assert running.stalled_s == 0
+        ticket = hold(model, running)
+        while running.stalled_s < 0.05:
+            time.sleep(0.001)
+        running.progress()
+        assert running.stalled_s < 0.05
+        model.gate.set()
+        ticket.answered()
+    assert running.stalled_s == 0
 
 
 def test_what_is_past_its_deadline_is_not_begun() -> None:
@@ -138,7 +242,7 @@ def test_a_model_that_does_not_load_says_why() -> None:
     def load() -> Scripted:
         raise UnknownModelError("no such model")
 
-    broken = Engine(load, max_batch=1, max_wait_s=0, on_batch=lambda _: None, on_death=lambda _: None)
+    broken = Engine(load, limits=Limits(1, 100, 0), on_batch=lambda _: None, on_death=lambda _: None)
     with broken, pytest.raises(UnknownModelError):
         broken.model()
     assert not broken.warm

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from redis import Redis
 
-from worker.contract import METHODS, WORKERS_KEY, WorkerStatus
-from worker.heartbeat import Heartbeat
-from worker.jobs import Jobs
+from tests.worker.conftest import tiny_jobs
+from worker.cancellations import Cancellations
+from worker.contract import CANCEL_CHANNEL, METHODS, WORKERS_KEY, WorkerStatus
+from worker.heartbeat import FORGET_S, Heartbeat
+from worker.jobs import Claim
+from worker.stops import StopReason
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import pytest
+
+    from worker.contract import AnswerJob
+    from worker.jobs import Jobs
 
 
 class Status:
@@ -41,10 +49,16 @@ class Status:
         )
 
 
+def beating(redis: Redis, jobs: Jobs, status: Status, every_s: float, **changes: Any) -> Heartbeat:
+    """A heartbeat that sends nothing again and checks nothing, unless told."""
+    hooks = {"send_again": lambda _id, _payload: None, "check": lambda: None} | changes
+    return Heartbeat(redis, jobs, status, every_s=every_s, **hooks)
+
+
 def test_a_worker_is_listed_until_it_leaves(redis: Redis, jobs: Jobs) -> None:
     """Its status stands in Redis between the first beat and the end of the block."""
     status = Status()
-    with Heartbeat(redis, jobs, status, every_s=0.01):
+    with beating(redis, jobs, status, 0.01):
         assert status.asked_twice.wait(10)
         assert WorkerStatus.model_validate_json(redis.hget(WORKERS_KEY, "one")).warm
     assert not redis.hexists(WORKERS_KEY, "one")
@@ -53,7 +67,7 @@ def test_a_worker_is_listed_until_it_leaves(redis: Redis, jobs: Jobs) -> None:
 def test_news_do_not_wait_for_the_next_beat(redis: Redis, jobs: Jobs) -> None:
     """A worker that has just become warm says so at once."""
     status = Status()
-    with Heartbeat(redis, jobs, status, every_s=3600) as heartbeat:
+    with beating(redis, jobs, status, 3600) as heartbeat:
         heartbeat.beat_now()
         assert status.asked_twice.wait(10)
 
@@ -62,6 +76,47 @@ def test_a_broker_that_is_away_does_not_end_the_heartbeat(caplog: pytest.LogCapt
     """The thread goes on and tries again; the log says that it could not be heard."""
     status = Status()
     nobody = Redis(port=1, retry=None, socket_connect_timeout=0.2)
-    with Heartbeat(nobody, Jobs(nobody, lease_s=60, max_attempts=3), status, every_s=0.01):
+    with beating(nobody, tiny_jobs(nobody), status, 0.01):
         assert status.asked_twice.wait(10)
     assert "the broker does not answer (ConnectionError)" in caplog.text
+
+
+def test_a_lost_job_is_sent_again(redis: Redis, make_job: Callable[..., AnswerJob]) -> None:
+    """By whichever worker's beat finds it, with what its first worker was sent."""
+    sent: list[tuple[str, dict[str, Any]]] = []
+    jobs, job = tiny_jobs(redis, lease_s=0.05), make_job()
+    tiny_jobs(redis, lease_s=0.05).claim(job.id, '{"what": "was sent"}')
+    again = threading.Event()
+
+    def send_again(job_id: str, payload: dict[str, Any]) -> None:
+        sent.append((job_id, payload))
+        again.set()
+
+    with beating(redis, jobs, Status(), 0.01, send_again=send_again):
+        assert again.wait(10)
+    assert sent[0] == (job.id, {"what": "was sent"})
+
+
+def test_a_worker_that_is_long_gone_is_forgotten(redis: Redis, jobs: Jobs) -> None:
+    """One that was killed cannot take itself off the list."""
+    gone = Status()().model_copy(update={"worker_id": "gone", "seen_at": time.time() - 2 * FORGET_S})
+    redis.hset(WORKERS_KEY, "gone", gone.model_dump_json())
+    status = Status()
+    with beating(redis, jobs, status, 0.01):
+        assert status.asked_twice.wait(10)
+        assert redis.hkeys(WORKERS_KEY) == ["one"]
+
+
+def test_a_cancellation_is_heard_at_once(redis: Redis, make_job: Callable[..., AnswerJob]) -> None:
+    """Published on the channel, it stops the job that this worker runs, and no other."""
+    jobs, wanted, unwanted = tiny_jobs(redis), make_job(), make_job()
+    claims = [jobs.claim(job.id) for job in (wanted, unwanted)]
+    assert all(isinstance(claim, Claim) for claim in claims)
+    kept, canceled = cast("list[Claim]", claims)
+    stopped = threading.Event()
+    canceled.stop.then(stopped.set)
+    with Cancellations(redis, jobs):
+        while not redis.publish(CANCEL_CHANNEL, unwanted.id):
+            time.sleep(0.001)
+        assert stopped.wait(10)
+    assert (kept.stop.reason, canceled.stop.reason) == (None, StopReason.CANCELED)

@@ -7,6 +7,8 @@ import time
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
+import pytest
+
 from prismprune.results import Memory
 from tests.worker.conftest import answer
 from worker.answering import answer_result
@@ -47,6 +49,38 @@ def test_an_answer_is_observed_in_every_histogram(make_job: MakeJob) -> None:
     assert sample(metrics, "device_memory_peak_bytes_sum", device="cpu") == 3 * 2**28
     assert sample(metrics, "cuda_memory_peak_bytes_count", device="cpu") is None
     assert sample(metrics, "generated_tokens_total") == 2
+
+
+def test_what_pruning_saved_is_measured_by_the_answer_itself(make_job: MakeJob) -> None:
+    """512 tokens dropped, at 100 bytes a cached token and a millisecond a prefilled one."""
+    metrics = WorkerMetrics("tiny")
+    memory = Memory("cpu", peak_bytes=1, kv_cache_bytes=8100)  # 80 of the prompt and the first of two drawn
+    metrics.finished("image", JobState.SUCCEEDED, 0.25, result_of(make_job(), memory=memory))
+    assert sample(metrics, "kv_cache_bytes_sum", method="prism") == 8100
+    assert sample(metrics, "kv_cache_saved_bytes_total", method="prism") == 51200
+    assert sample(metrics, "prefill_saved_seconds_total", method="prism") == pytest.approx(0.512)
+
+
+@pytest.mark.parametrize("cached", [0, 64])
+def test_an_answer_is_a_hit_or_a_miss_of_the_cache(make_job: MakeJob, cached: int) -> None:
+    """By what its usage says of cached tokens; a failure is neither."""
+    metrics, result = WorkerMetrics("tiny"), result_of(make_job())
+    assert result.usage
+    details = result.usage.prompt_tokens_details.model_copy(update={"cached_tokens": cached})
+    usage = result.usage.model_copy(update={"prompt_tokens_details": details})
+    metrics.finished("image", JobState.SUCCEEDED, 0.25, result.model_copy(update={"usage": usage}))
+    metrics.finished("image", JobState.FAILED, 0.25, None)
+    counted = metrics.registry.get_sample_value
+    assert counted("prismprune_media_cache_hits_total") == (cached > 0)
+    assert counted("prismprune_media_cache_misses_total") == (cached == 0)
+    assert metrics.ended == 2
+
+
+def test_outcomes_are_there_before_the_first_request() -> None:
+    """At zero: a counter that is born with its first count shows Prometheus no increase."""
+    metrics = WorkerMetrics("tiny")
+    for outcome in (state for state in JobState if state.terminal):
+        assert sample(metrics, "requests_total", modality="video", outcome=outcome) == 0
 
 
 def test_a_failure_has_a_latency_and_nothing_else() -> None:

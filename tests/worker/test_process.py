@@ -1,7 +1,8 @@
-"""A real worker process: `python -m worker` on a real broker, with a tiny random LLaVA."""
+"""A real worker: `python -m worker`, supervisor and all, on a real broker, with a tiny random LLaVA."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -12,8 +13,10 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
+import torch
 from celery import Celery
 from prometheus_client.parser import text_string_to_metric_families
+from torch.nn import Linear, ModuleList
 
 from tests.prismprune.tiny import PATCHES, save_tiny_llava
 from worker import process
@@ -27,6 +30,7 @@ from worker.contract import (
     JobState,
     WorkerStatus,
     events_channel,
+    events_key,
     job_key,
     queue_name,
 )
@@ -110,7 +114,7 @@ def test_a_worker_answers_measures_and_finishes_before_it_leaves(
         status = until(lambda: warm_status(redis), running)
         assert (status.family, status.device, status.default_token_budget) == ("llava", "cpu", 64)
 
-        job = make_job(model=model, token_budget=8, generation=Generation(max_new_tokens=4))
+        job = make_job(model=model, token_budget=8, generation=Generation(max_new_tokens=4), stream=True)
         listener.subscribe(events_channel(job.id))
         enqueue(broker_url, job)
         events: list[JobState] = []
@@ -122,6 +126,10 @@ def test_a_worker_answers_measures_and_finishes_before_it_leaves(
         assert (result.visual_tokens.original, result.visual_tokens.kept) == (PATCHES, 8)
         assert result.usage is not None
         assert result.usage.completion_tokens <= 4
+        stream = [entry for _, entry in redis.xrange(events_key(job.id))]
+        told = [json.loads(entry["data"]).get("text", "") for entry in stream]
+        assert (stream[0]["event"], stream[-1]["event"]) == ("started", "completed")
+        assert "".join(told) == result.answer
 
         seen = scrape(port)
         assert seen["prismprune_request_latency_seconds_count"] == 1
@@ -162,3 +170,13 @@ def test_a_dead_engine_ends_the_process(
     assert codes == [process.EX_ENGINE_DIED]
     assert "SystemExit" in caplog.text
     assert "secret" not in caplog.text
+
+
+def test_each_layer_is_a_sign_of_progress() -> None:
+    """Of every stack of the model, so that a slow prefill is not taken for one that hangs."""
+    heard: list[object] = []
+    tower, decoder = (ModuleList([Linear(2, 2), Linear(2, 2)]) for _ in range(2))
+    process._watch_layers(ModuleList([tower, decoder]), lambda *call: heard.append(call[0]))
+    for layer in (*tower, *decoder):
+        layer(torch.zeros(1, 2))
+    assert heard == [*tower, *decoder]

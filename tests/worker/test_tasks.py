@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.worker.conftest import Scripted, stored
-from worker.contract import AnswerResult, JobState, MediaRef, Problem, job_key
-from worker.engine import Engine
-from worker.jobs import Jobs, lease_key
+from prismprune.caching import EncodingCache
+from prismprune.encoding import EncodedMedia
+from prismprune.results import Timings
+from tests.worker.conftest import Scripted, answer, stored, tiny_jobs
+from worker.answering import visual_request
+from worker.contract import (
+    DEAD_LETTERS_KEY,
+    AnswerResult,
+    DeadLetter,
+    JobState,
+    MediaRef,
+    Problem,
+    events_key,
+    job_key,
+)
+from worker.engine import Engine, Limits
+from worker.errors import JobGivenBackError
+from worker.jobs import lease_key
 from worker.metrics import WorkerMetrics
+from worker.stops import StopReason
 from worker.store import MediaStore
 from worker.tasks import JobRunner
 
@@ -33,12 +49,17 @@ class Worker:
         self.redis = redis
         self.model = Scripted()
         self.metrics = WorkerMetrics("tiny")
-        self.jobs = Jobs(redis, lease_s=60, max_attempts=3)
+        self.jobs = tiny_jobs(redis)
+        self.cache = EncodingCache(2**20)
         self.engine = Engine(
-            lambda: self.model, max_batch=4, max_wait_s=0, on_batch=lambda _: None, on_death=lambda _: None
+            lambda: self.model,
+            limits=Limits(4, 10**6, 0),
+            cache=self.cache,
+            on_batch=lambda _: None,
+            on_death=lambda _: None,
         )
         store = MediaStore(media_url)
-        self._run = JobRunner(self.jobs, store, self.engine, self.metrics, default_budget=64)
+        self._run = JobRunner(self.jobs, store, self.engine, self.metrics, default_budget=64, decoders=2)
 
     def run(self, job: AnswerJob) -> None:
         """Delivers the job, as Celery does."""
@@ -86,6 +107,19 @@ def test_a_job_is_answered(worker: Worker, make_job: MakeJob) -> None:
     assert worker.counted(JobState.SUCCEEDED) == 1
 
 
+def test_media_that_were_encoded_before_are_not_decoded(worker: Worker, make_job: MakeJob) -> None:
+    """A second question about them is answered even if the store has lost the file."""
+    gone = MediaRef(id="0" * 64, media_type="image/png", modality="image", size_bytes=1)
+    job = make_job("Again?", media=(gone,))
+    encoded = EncodedMedia((), answer("").visual_tokens, (), Timings())
+    worker.cache.put(visual_request(job, 64).encoding_key, encoded)
+    worker.run(job)
+    assert worker.state(job) is JobState.SUCCEEDED
+    other = make_job("Another budget?", media=(gone,), token_budget=65)
+    worker.run(other)
+    assert worker.state(other) is JobState.FAILED
+
+
 def test_a_second_delivery_changes_nothing(worker: Worker, make_job: MakeJob) -> None:
     """A job that has ended is neither answered nor counted again."""
     job = make_job()
@@ -117,7 +151,7 @@ def test_a_job_canceled_while_it_runs_stays_canceled(worker: Worker, make_job: M
     thread.join()
     assert worker.state(job) is JobState.CANCELED
     assert worker.counted(JobState.CANCELED) == 1
-    assert worker.counted(JobState.SUCCEEDED) is None
+    assert not worker.counted(JobState.SUCCEEDED)
 
 
 def test_a_deadline_that_passed_in_the_queue_expires_the_job(worker: Worker, make_job: MakeJob) -> None:
@@ -136,6 +170,155 @@ def test_a_deadline_that_passes_while_generating_expires_the_job(worker: Worker,
     assert worker.state(job) is JobState.EXPIRED
     assert worker.problem(job).slug == "deadline-exceeded"
     assert worker.counted(JobState.EXPIRED) == 1
+
+
+def test_a_deadline_that_passes_while_decoding_expires_the_job(
+    worker: Worker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody waits for a decoder that takes longer, and the model is not asked."""
+    released = threading.Event()
+    monkeypatch.setattr("worker.tasks.decode", lambda *_: released.wait(30))
+    job = make_job(deadline_at=time.time() + 0.2)
+    worker.run(job)
+    released.set()
+    assert worker.state(job) is JobState.EXPIRED
+    assert worker.model.batches == []
+
+
+def test_a_cancellation_is_heard_while_decoding(
+    worker: Worker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread is free at once for the next job."""
+    decoding, released = threading.Event(), threading.Event()
+
+    def decode(*_: object) -> None:
+        decoding.set()
+        released.wait(30)
+
+    monkeypatch.setattr("worker.tasks.decode", decode)
+    job = make_job()
+    thread = worker.deliver(job)
+    assert decoding.wait(10)
+    worker.jobs.stop(job.id, StopReason.CANCELED)
+    thread.join()
+    released.set()
+    assert worker.state(job) is JobState.CANCELED
+
+
+def test_a_cancellation_ends_an_answer_without_end(worker: Worker, make_job: MakeJob) -> None:
+    """The engine is free at its next step, and the caller's word is what is counted."""
+    job = make_job("for ever")
+    thread = worker.deliver(job)
+    assert worker.model.entered.wait(10)
+    worker.redis.hset(job_key(job.id), "state", JobState.CANCELED)
+    worker.jobs.renew_leases()
+    thread.join()
+    worker.run(make_job("next"))
+    assert worker.state(job) is JobState.CANCELED
+    assert worker.counted(JobState.CANCELED) == 1
+    assert worker.counted(JobState.SUCCEEDED) == 1
+
+
+def test_a_worker_that_leaves_gives_its_jobs_back(worker: Worker, make_job: MakeJob) -> None:
+    """Queued again as if never begun, and so is the delivery."""
+    job = make_job("for ever")
+    thread = threading.Thread(target=lambda: _given_back(worker, job))
+    thread.start()
+    assert worker.model.entered.wait(10)
+    worker.jobs.stop_all(StopReason.DRAINING)
+    thread.join()
+    assert worker.state(job) is JobState.QUEUED
+    assert worker.redis.hget(job_key(job.id), "attempts") == "0"
+    assert not worker.redis.exists(lease_key(job.id))
+
+
+def test_a_worker_that_leaves_gives_back_what_the_engine_has_not_begun(
+    worker: Worker, make_job: MakeJob
+) -> None:
+    """A job that waits behind another goes back at once, not after it."""
+    worker.model.gate.clear()
+    ahead = worker.deliver(make_job("ahead"))
+    assert worker.model.entered.wait(10)
+    waiting = make_job("waiting")
+    thread = threading.Thread(target=lambda: _given_back(worker, waiting))
+    thread.start()
+    while worker.engine._tickets.qsize() < 1:
+        time.sleep(0.001)
+    worker.jobs.stop(waiting.id, StopReason.DRAINING)
+    thread.join(10)
+    assert worker.state(waiting) is JobState.QUEUED
+    worker.model.gate.set()
+    ahead.join()
+
+
+def _given_back(worker: Worker, job: AnswerJob) -> None:
+    with pytest.raises(JobGivenBackError):
+        worker.run(job)
+
+
+def test_a_second_delivery_in_the_same_process_is_dropped(worker: Worker, make_job: MakeJob) -> None:
+    """The first goes on; the second takes no thread and changes nothing."""
+    worker.model.gate.clear()
+    job = make_job()
+    thread = worker.deliver(job)
+    assert worker.model.entered.wait(10)
+    worker.run(job)
+    worker.model.gate.set()
+    thread.join()
+    assert worker.state(job) is JobState.SUCCEEDED
+    assert len(worker.model.batches) == 1
+
+
+def test_suspects_run_one_at_a_time(worker: Worker, make_job: MakeJob) -> None:
+    """What was in flight at a death is answered alone; what never died shares its batches."""
+    worker.model.gate.clear()
+    held = worker.deliver(make_job("held"))
+    assert worker.model.entered.wait(10)
+    suspects, others = [make_job(f"suspect {n}") for n in range(3)], [make_job("other") for _ in range(2)]
+    for job in suspects:
+        tiny_jobs(worker.redis).claim(job.id)
+        worker.redis.delete(lease_key(job.id))
+    threads = [held, *(worker.deliver(job) for job in suspects)]
+    while not worker.counter("jobs_redelivered_total"):
+        time.sleep(0.001)
+    threads += [worker.deliver(job) for job in others]
+    worker.model.gate.set()
+    for thread in threads:
+        thread.join()
+    assert {worker.state(job) for job in (*suspects, *others)} == {JobState.SUCCEEDED}
+    assert all(len(batch) == 1 for batch in worker.model.batches if batch[0].startswith("suspect"))
+
+
+def told(redis: Redis, job: AnswerJob) -> list[tuple[str, Any]]:
+    """The job's stream: names, with the texts of `token`."""
+    entries = [entry for _, entry in redis.xrange(events_key(job.id))]
+    return [(entry["event"], json.loads(entry["data"]).get("text")) for entry in entries]
+
+
+def test_text_is_told_on_its_way(worker: Worker, make_job: MakeJob) -> None:
+    """While the job still runs, and the rest before its end is told."""
+    worker.model.gate.clear()
+    job = make_job("two words", stream=True)
+    thread = worker.deliver(job)
+    worker.model.gate.set()
+    thread.join()
+    names, texts = zip(*told(worker.redis, job), strict=True)
+    assert (names[0], names[-1]) == ("started", "completed")
+    assert "".join(text for text in texts if text) == "twowords"
+
+
+def test_text_is_told_only_to_who_asked(worker: Worker, make_job: MakeJob) -> None:
+    """Without `stream` the job's stream has its start and its end."""
+    job = make_job("two words")
+    worker.run(job)
+    assert told(worker.redis, job) == [("started", None), ("completed", None)]
+
+
+def test_a_request_that_does_not_fit_says_so(worker: Worker, make_job: MakeJob) -> None:
+    """507, and what to do."""
+    job = make_job("too large")
+    worker.run(job)
+    assert (worker.problem(job).slug, worker.problem(job).status) == ("out-of-memory", 507)
 
 
 def test_media_that_cannot_be_decoded_fails_the_job(
@@ -166,7 +349,7 @@ def test_an_unexpected_error_says_nothing_of_itself(
     assert "secret" not in worker.problem(job).detail
     assert "secret" not in caplog.text
     assert "RuntimeError" in caplog.text
-    assert "answer_batch" in caplog.text
+    assert "in _advance" in caplog.text
 
 
 def test_a_culprit_fails_alone(worker: Worker, make_job: MakeJob) -> None:
@@ -187,16 +370,19 @@ def test_a_culprit_fails_alone(worker: Worker, make_job: MakeJob) -> None:
 
 
 def test_a_job_that_ended_three_workers_is_dead_lettered(worker: Worker, make_job: MakeJob) -> None:
-    """The fourth delivery does not touch the model, and says so in state, problem and counters."""
+    """The next delivery does not touch the model, and says so in state, problem, counters and a letter."""
     job = make_job()
-    for _ in range(3):
-        Jobs(worker.redis, lease_s=60, max_attempts=3).claim(job.id)
+    for alone in (False, True, True, True):
+        tiny_jobs(worker.redis).claim(job.id, alone=alone)
         worker.redis.delete(lease_key(job.id))
     worker.run(job)
     assert worker.model.batches == []
     assert worker.state(job) is JobState.FAILED
     assert worker.problem(job).slug == "dead-lettered"
     assert worker.counter("jobs_dead_lettered_total") == 1
+    ((_, entry),) = worker.redis.xrange(DEAD_LETTERS_KEY)
+    letter = DeadLetter.model_validate_json(entry["job"])
+    assert (letter.id, letter.attempts, letter.media) == (job.id, 3, (job.media[0].id,))
     assert worker.counter("jobs_redelivered_total") == 1
 
 

@@ -1,0 +1,157 @@
+"""Malformed input at scale: no 5xx, no hang, no growth of memory, one terminal state for each job.
+
+Through a real front end and queue; a stand-in takes the jobs and really decodes their media, as a worker
+does. `--malformed full` has the full numbers; the seed is the case's number, so that each can be seen again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from prismprune.errors import PrismError
+from tests.chaos import malformed
+from tests.service.conftest import StandInWorker, serving
+from worker.answering import decode
+from worker.contract import JobState, Problem
+from worker.errors import problem
+from worker.store import MediaStore
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Iterator
+    from pathlib import Path
+
+    import httpx
+    from redis import Redis
+
+    from service.settings import ServiceSettings
+    from worker.contract import AnswerJob
+
+AT_ONCE = 8
+WITHIN_S = 60
+"""A case that takes longer hangs."""
+GROWTH_BYTES = 64 * 1024 * 1024
+SHORT = {"pictures": 300, "videos": 12, "requests": 300}
+FULL = {"pictures": 10_000, "videos": 1_000, "requests": 5_000}
+
+
+class Decoder(StandInWorker):
+    """Decodes each job's media as a worker does."""
+
+    def _undecodable(self, job: AnswerJob) -> Problem | None:
+        try:
+            decode(job, MediaStore(self._media.as_uri()))
+        except PrismError as error:
+            return problem(error)
+        return None
+
+
+@pytest.fixture
+def scale(request: pytest.FixtureRequest) -> dict[str, int]:
+    """How many cases of each kind."""
+    return FULL if request.config.getoption("--malformed", default="short") == "full" else SHORT
+
+
+@pytest.fixture
+def decoder(broker_url: str, media_directory: Path) -> Iterator[Decoder]:
+    stand_in = Decoder(broker_url, media_directory)
+    stand_in.beat()
+    stand_in.start()
+    yield stand_in
+    stand_in.stop()
+
+
+@pytest.fixture
+async def client(
+    make_settings: Callable[..., ServiceSettings], decoder: Decoder
+) -> AsyncIterator[httpx.AsyncClient]:
+    """Its workers' grace is long: the stand-in beats once."""
+    async with serving(make_settings(worker_grace_s=24 * 3600)) as front_end:
+        yield front_end
+
+
+async def run(
+    client: httpx.AsyncClient, count: int, case: Callable[[random.Random], dict[str, Any]]
+) -> Counter[int]:
+    """Sends `count` cases, some at once; their statuses. Memory may not grow after a third of them."""
+    process, numbers = psutil.Process(), iter(range(count))
+    statuses, settled = Counter[int](), [0]
+
+    async def caller() -> None:
+        for number in numbers:
+            if number == count // 3:
+                settled[0] = process.memory_info().rss
+            async with asyncio.timeout(WITHIN_S):
+                response = await client.request(**case(random.Random(number)))
+            statuses[response.status_code] += 1
+            assert response.status_code < 500, (number, response.text)
+            if response.status_code >= 400:
+                assert "Traceback" not in response.text, number
+
+    await asyncio.gather(*(caller() for _ in range(AT_ONCE)))
+    grown = process.memory_info().rss - settled[0]
+    assert grown < GROWTH_BYTES, f"{grown} bytes more than after a third of the cases"
+    return statuses
+
+
+async def ended(redis: Redis, decoder: Decoder) -> None:
+    """Every job that was accepted has exactly one state, a terminal one."""
+    expected = {job.id for job in decoder.jobs}
+    keys = list(redis.scan_iter("prism:job:*", count=1000, _type="hash"))
+    for _ in range(500):
+        states = Counter(redis.hget(key, "state") for key in keys)
+        if all(JobState(state).terminal for state in states):
+            break
+        await asyncio.sleep(0.02)
+    assert all(JobState(state).terminal for state in states), states
+    assert {key.removeprefix("prism:job:") for key in keys} >= expected
+    assert len(expected) == len(decoder.jobs)
+
+
+@pytest.mark.timeout(7200)
+async def test_broken_pictures(
+    client: httpx.AsyncClient, decoder: Decoder, redis: Redis, scale: dict[str, int]
+) -> None:
+    """Refused at the door, failed by the worker, or answered: some of each."""
+    goods = malformed.pictures()
+
+    def case(rng: random.Random) -> dict[str, Any]:
+        body = malformed.with_picture(malformed.broken(goods, rng))
+        return {"method": "POST", "url": "/v1/answer", "json": body}
+
+    statuses = await run(client, scale["pictures"], case)
+    await ended(redis, decoder)
+    assert set(statuses) <= {200, 413, 415, 422}
+    assert min(statuses[200], statuses[415], statuses[422]) > 0
+
+
+@pytest.mark.timeout(14400)
+async def test_broken_videos(
+    client: httpx.AsyncClient, decoder: Decoder, redis: Redis, scale: dict[str, int]
+) -> None:
+    """Each is decoded in a process of its own, whose end costs that job alone."""
+    goods = malformed.videos()
+
+    def case(rng: random.Random) -> dict[str, Any]:
+        body = malformed.with_video(malformed.broken(goods, rng))
+        return {"method": "POST", "url": "/v1/answer", "json": body}
+
+    statuses = await run(client, scale["videos"], case)
+    await ended(redis, decoder)
+    assert set(statuses) <= {200, 413, 415, 422}
+    assert statuses[422] > 0
+
+
+@pytest.mark.timeout(7200)
+async def test_broken_requests(
+    client: httpx.AsyncClient, decoder: Decoder, redis: Redis, scale: dict[str, int]
+) -> None:
+    """Whatever the route, the headers and the fields: a refusal of the caller's, or an answer."""
+    statuses = await run(client, scale["requests"], malformed.request)
+    await ended(redis, decoder)
+    assert {202, 400, 404, 405, 415, 422} <= set(statuses)

@@ -1,0 +1,151 @@
+"""How jobs stop, run beside each other, and are told about."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from worker.company import Company
+from worker.contract import EventName
+from worker.errors import DeadlineExceededError, StoppedError
+from worker.stops import Stop, StopReason, result_within
+from worker.story import Story
+
+
+def test_the_first_reason_stays() -> None:
+    """Whoever listens hears it once, also who comes late."""
+    stop, heard = Stop(), list[str]()
+    stop.then(lambda: heard.append("early"))
+    stop.request(StopReason.CANCELED)
+    stop.request(StopReason.LOST)
+    stop.then(lambda: heard.append("late"))
+    assert (stop.reason, heard) == (StopReason.CANCELED, ["early", "late"])
+
+
+def test_a_result_is_waited_for_and_other_business_goes_on() -> None:
+    """What another thread makes of a future arrives; meanwhile something is called now and then."""
+    future: Future[str] = Future()
+    calls = 0
+
+    def meanwhile() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            future.set_result("done")
+
+    assert result_within(future, Stop(), time.monotonic() + 60, meanwhile) == "done"
+    assert calls == 3
+
+
+def test_a_stop_ends_the_wait() -> None:
+    """At once, however far away the deadline is."""
+    stop = Stop()
+    threading.Timer(0.01, stop.request, [StopReason.DRAINING]).start()
+    with pytest.raises(StoppedError):
+        result_within(Future[None](), stop, time.monotonic() + 60)
+
+
+def test_a_deadline_ends_the_wait() -> None:
+    """Nothing came of the future in time."""
+    with pytest.raises(DeadlineExceededError):
+        result_within(Future[None](), Stop(), time.monotonic() + 0.01)
+
+
+def test_who_is_alone_has_no_company() -> None:
+    """It waits for those that are there, and who comes later waits for it."""
+    company, order = Company(), list[str]()
+    inside, leave = threading.Event(), threading.Event()
+
+    def first() -> None:
+        with company.shared():
+            inside.set()
+            leave.wait(10)
+            order.append("first leaves")
+
+    def alone() -> None:
+        with company.alone(time.monotonic() + 60):
+            order.append("alone")
+
+    def late() -> None:
+        with company.shared():
+            order.append("late")
+
+    threads = [threading.Thread(target=first), threading.Thread(target=alone)]
+    threads[0].start()
+    assert inside.wait(10)
+    threads[1].start()
+    while not company._waiting_alone:
+        time.sleep(0.001)
+    threads.append(threading.Thread(target=late))
+    threads[2].start()
+    leave.set()
+    for thread in threads:
+        thread.join()
+    assert order == ["first leaves", "alone", "late"]
+
+
+def test_who_cannot_be_alone_in_time_is_let_in() -> None:
+    """Its deadline has passed: it will do no more than say so."""
+    company = Company()
+    with company.shared(), company.alone(time.monotonic()):
+        pass
+    with company.alone(time.monotonic() + 60):
+        pass
+
+
+Batch = tuple[int, list[tuple[EventName, str]]]
+
+
+def test_pieces_of_one_answer_are_one_event() -> None:
+    """In order; another question's text, or a new beginning, starts a new event."""
+    batches: list[Batch] = []
+    story = Story(lambda number, events: batches.append((number, list(events))), attempt=2)
+    for question, text in ((0, "a"), (0, "b"), (1, "c")):
+        story.text(question, text)
+    story.again()
+    story.text(0, "d")
+    story.write()
+    story.write()
+    ((number, events),) = batches
+    assert number == 1
+    assert [(name.value, json.loads(data)) for name, data in events] == [
+        ("token", {"question": 0, "text": "ab"}),
+        ("token", {"question": 1, "text": "c"}),
+        ("started", {"attempt": 2}),
+        ("token", {"question": 0, "text": "d"}),
+    ]
+
+
+def test_a_request_that_said_nothing_begins_anew_in_silence() -> None:
+    """Its one `started` stands already."""
+    batches: list[Batch] = []
+    story = Story(lambda number, events: batches.append((number, list(events))), attempt=1)
+    story.again()
+    story.write()
+    assert batches == []
+
+
+def test_what_the_broker_did_not_take_is_written_again_under_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Unchanged, so that it counts once if only the reply was lost; what came since follows."""
+    monkeypatch.setattr("worker.story.PAUSE_S", 0.0)
+    batches: list[Batch] = []
+
+    def write(number: int, events: object) -> None:
+        batches.append((number, list(events)))  # type: ignore[call-overload] # a sequence of events
+        if len(batches) == 1:
+            raise RedisConnectionError
+
+    story = Story(write, attempt=1)
+    story.text(0, "a")
+    story.write()
+    story.text(0, "b")
+    story.write()
+    assert [number for number, _ in batches] == [1, 1, 2]
+    assert batches[0] == batches[1]

@@ -1,0 +1,152 @@
+"""`python -m worker`: a small process without torch that runs the serving one, and replaces it when it dies.
+
+Leaves with 0 after SIGTERM or SIGINT, and with the serving process's own code where another start would end
+no better: it says so itself (`EX_GIVE_UP`), or it died `HOPELESS` times without ever having been warm.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from worker.pulse import STALLED, WARM
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+log = logging.getLogger(__name__)
+
+EX_GIVE_UP = 1
+"""The serving process's exit code for what no restart mends: a model that cannot be loaded, a bad setting."""
+HOPELESS = 3
+MARGIN_S = 3.0
+"""Beyond its grace the serving process has so long to give its jobs back, and again so long to leave."""
+BACKOFF_S = 0.5
+START_S = 300.0
+"""A process that imports and loads may be silent for longer than one that serves."""
+MINUTE_S = 60.0
+
+SERVE = (sys.executable, "-m", "worker.process")
+
+
+def main(command: Sequence[str] = SERVE) -> int:
+    """Keeps `command` running until told to stop; returns the exit code.
+
+    Its last argument will be the descriptor of the pipe for its `Pulse`.
+    """
+    settings = WorkerSettings()
+    logging.basicConfig(
+        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    return Supervisor(command, settings).run()
+
+
+class Supervisor:
+    """One child at a time. A child that says that its engine stalls, or nothing at all, is killed."""
+
+    def __init__(self, command: Sequence[str], settings: WorkerSettings) -> None:
+        self._command = command
+        self._silence_s = settings.engine_stall_s
+        self._grace_s = settings.grace_s
+        self._starts: deque[float] = deque(maxlen=settings.max_restarts_per_minute)
+        self._asked_to_stop = False
+        self._warm = False
+
+    def run(self) -> int:
+        """Starts, watches, starts again."""
+        waker = self._catch_signals()
+        deaths, backoff_s = 0, BACKOFF_S
+        while True:
+            self._starts.append(time.monotonic())
+            code = self._one_life(waker)
+            if self._asked_to_stop:
+                return 0
+            deaths, backoff_s = (1, BACKOFF_S) if self._warm else (deaths + 1, 2 * backoff_s)
+            hopeless = deaths >= HOPELESS or (code == EX_GIVE_UP and not self._warm)
+            if code == 0 or hopeless:
+                return code if code >= 0 else 128 - code
+            pause_s = max(backoff_s, self._room_in(MINUTE_S))
+            log.error("the serving process ended with code %d; a new one in %.1f s", code, pause_s)
+            if self._sleep(waker, pause_s):
+                return 0
+
+    def _catch_signals(self) -> int:
+        """Signals only write to a pipe, which every wait reads; returns its other end."""
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, self._stop)
+        return reader
+
+    def _stop(self, *_: object) -> None:
+        self._asked_to_stop = True
+
+    def _one_life(self, waker: int) -> int:
+        """Runs a child to its end; returns its code, negative for a signal."""
+        reader, writer = os.pipe()
+        try:
+            child = subprocess.Popen(  # noqa: S603 - our own command
+                [*self._command, str(writer)], pass_fds=[writer]
+            )
+        finally:
+            os.close(writer)
+        self._warm = False
+        try:
+            self._watch(child, reader, waker)
+            return child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            os.close(reader)
+
+    def _watch(self, child: subprocess.Popen[bytes], reader: int, waker: int) -> None:
+        """Returns once the child has ended, by itself or not."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(reader, selectors.EVENT_READ)
+            selector.register(waker, selectors.EVENT_READ)
+            while not self._asked_to_stop:
+                silence_s = self._silence_s if self._warm else max(START_S, self._silence_s)
+                ready = {key.fd for key, _ in selector.select(silence_s)}
+                signs = os.read(reader, 4096) if reader in ready else b""
+                self._warm = self._warm or WARM in signs
+                if STALLED in signs or not ready:
+                    log.critical("the serving process %s", "stalls" if signs else "gives no sign of life")
+                    self._end_at_once(child)
+                    return
+                if reader in ready and not signs:  # the pipe's other end is closed: it is gone
+                    return
+        child.terminate()
+        try:
+            child.wait(self._grace_s + 2 * MARGIN_S)
+        except subprocess.TimeoutExpired:
+            log.error("the serving process outlasts its grace and is killed")  # noqa: TRY400 - no news in it
+            child.kill()
+
+    def _end_at_once(self, child: subprocess.Popen[bytes]) -> None:
+        """SIGABRT first: the child writes where each of its threads is."""
+        child.send_signal(signal.SIGABRT)
+        try:
+            child.wait(MARGIN_S)
+        except subprocess.TimeoutExpired:
+            child.kill()
+
+    def _room_in(self, seconds: float) -> float:
+        """How long to wait until one more start is not too many within `seconds`."""
+        full = len(self._starts) == self._starts.maxlen
+        return max(0.0, self._starts[0] + seconds - time.monotonic()) if full else 0.0
+
+    def _sleep(self, waker: int, seconds: float) -> bool:
+        """True if a signal ended the pause."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(waker, selectors.EVENT_READ)
+            selector.select(seconds)
+        return self._asked_to_stop
