@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from service.body import answer_request
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import InvalidRequestError, UnknownJobError, UnsupportedError, problem_details
 from service.ids import is_id, new_id
+from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import answer_body, problems
 from service.schemas import JobView
 from worker.contract import AnswerJob, AnswerResult
@@ -20,6 +22,7 @@ from worker.contract import AnswerJob, AnswerResult
 if TYPE_CHECKING:
     from service.context import Context
     from service.jobs import JobRecord
+    from service.keys import Caller
     from service.media import Intake
     from service.schemas import AnswerRequest
     from service.settings import ServiceSettings
@@ -36,16 +39,24 @@ POLL_AFTER_S = 1
     response_model=AnswerResult,
     responses={
         202: {"model": JobView, "description": "Accepted; poll the `Location`."},
-        **problems(400, 404, 413, 415, 422, 503, 504),
+        **problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
     },
     openapi_extra={"requestBody": answer_body()},
 )
-async def answer(request: Request, here: Here, prefer: Annotated[str, Header()] = "") -> JSONResponse:
+async def answer(
+    request: Request,
+    here: Here,
+    caller: CallerHere,
+    prefer: Annotated[str, Header()] = "",
+    idempotency_key: Annotated[
+        str | None, Header(description="The same key, fields and media: the same job, for 24 h.")
+    ] = None,
+) -> JSONResponse:
     """Waits for the answer, at most `timeout_s`; then, or at once with `Prefer: respond-async`, 202."""
     at_once = "respond-async" in {each.strip().lower() for each in prefer.split(",")}
     with here.metrics.counting_rejections():
-        job, timeout_s = await _admit(request, here)
-        record = await here.jobs.run(job, 0 if at_once else timeout_s)
+        record, timeout_s = await _accept(request, here, caller, idempotency_key)
+    record = await here.jobs.wait(record, 0 if at_once else timeout_s)
     if record.state.terminal:
         return JSONResponse(record.outcome())
     headers = {"Location": f"/v1/jobs/{record.id}", "Retry-After": str(POLL_AFTER_S)}
@@ -58,28 +69,55 @@ async def answer(request: Request, here: Here, prefer: Annotated[str, Header()] 
     "/v1/jobs/{job_id}",
     summary="State and result of a job",
     response_model=JobView,
-    responses=problems(404, 503),
+    responses=problems(401, 404, 503),
 )
-async def read_job(job_id: str, here: Here) -> JSONResponse:
+async def read_job(job_id: str, here: Here, caller: CallerHere) -> JSONResponse:
     """200 for every known job, also a failed one, with its problem. Known for 24 h after its end."""
+    return JSONResponse(_view(await _known(job_id, here, caller), here))
+
+
+async def _known(job_id: str, here: Context, caller: Caller) -> JobRecord:
+    """The caller's own job. Raises `UnknownJobError`, for another's too."""
     record = await here.jobs.read(job_id) if is_id("job", job_id) else None
-    if record is None:
+    if record is None or record.owner != caller.owner:
         raise UnknownJobError("There is no job of this id, or its 24 hours are over.")
-    return JSONResponse(_view(record, here))
+    return record
 
 
-async def _admit(request: Request, here: Context) -> tuple[AnswerJob, float]:
-    """The job, its media stored, and how long the caller waits; raises before anything is stored or queued.
+async def _accept(
+    request: Request, here: Context, caller: Caller, key: str | None
+) -> tuple[JobRecord, float]:
+    """The accepted job, or the one that `key` stands for, and how long the caller waits for it.
 
     The request's body is out of memory when this returns: many callers wait for long.
     """
     async with answer_request(request) as asked:
         _check_limits(asked, here.settings)
-        intakes = await here.media.inspect(asked)
-        job = _job(asked, intakes, here.settings, request.state.request_id)
-        await here.workers.expect(job.model)
-        await here.media.keep(intakes)
-        return job, here.settings.timeout_s if asked.timeout_s is None else asked.timeout_s
+        async with here.media.intake(asked, caller) as intakes:
+            job = _job(asked, intakes, here.settings, request.state.request_id)
+            same = _fingerprint(request.url.path, asked, intakes)
+            async with here.idempotency.once(caller.owner, key, same, job.id) as existing:
+                if existing is not None:
+                    record = await _known(existing, here, caller)
+                else:
+                    record = await _enter(job, intakes, here, caller)
+        return record, here.settings.timeout_s if asked.timeout_s is None else asked.timeout_s
+
+
+async def _enter(job: AnswerJob, intakes: tuple[Intake, ...], here: Context, caller: Caller) -> JobRecord:
+    """Puts `job` into its model's queue if there is a worker and a place; only then its media are stored."""
+    await here.workers.expect(job.model)
+    async with here.admission.admit(job.model):
+        await here.media.keep(intakes, caller)
+        return await here.jobs.submit(job, caller.owner)
+
+
+def _fingerprint(route: str, asked: AnswerRequest, intakes: tuple[Intake, ...]) -> str:
+    """What makes two requests the same: route, fields, and the bytes of the media however they came."""
+    fields = asked.model_dump_json(exclude={"image", "images", "video"})
+    kind = "images" if asked.images is not None else "one"
+    media = (f"{intake.ref.modality} {intake.ref.id}" for intake in intakes)
+    return hashlib.sha256("\0".join((route, fields, kind, *media)).encode()).hexdigest()
 
 
 def _check_limits(asked: AnswerRequest, settings: ServiceSettings) -> None:

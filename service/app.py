@@ -11,14 +11,21 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from service import answer, errors, health, metrics, openapi
+from service import answer, errors, health, metrics, openapi, uploads
+from service.admission import Admission
+from service.broker import Durability
 from service.context import Context
+from service.fetch import Fetcher
+from service.idempotency import Idempotency
 from service.jobs import Jobs
 from service.media import MediaStore, open_store
 from service.metrics import Metrics
-from service.middleware import BodyLimit, HttpMetrics, RequestId
+from service.middleware import BodyLimit, Failures, HttpMetrics, KeyGuard, RequestId
+from service.rates import RateLimit
 from service.settings import ServiceSettings
+from service.shelf import Shelf
 from service.signals import JobSignals
+from service.sweeper import Sweeper
 from service.workers import Workers
 from worker.contract import redis_url
 
@@ -45,7 +52,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _context(settings, counted) as app.state.context:
+        async with _context(settings, counted) as app.state.context, metrics.serving(app.state.context):
             yield
 
     app = FastAPIOffline(  # FastAPI's own /docs takes its scripts from another host, and is blank without it
@@ -57,11 +64,15 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         static_url="/docs/static",
     )
     app.add_middleware(BodyLimit, settings=settings)  # the last one added is the outermost
+    app.add_middleware(KeyGuard, settings=settings)
+    app.add_middleware(Failures)
     app.add_middleware(HttpMetrics, metrics=counted)
     app.add_middleware(RequestId)
     errors.install(app, settings.problem_base_url)
-    for router in (answer.router, health.router, metrics.router):
+    for router in (answer.router, uploads.router, health.router):
         app.include_router(router)
+    if not settings.metrics_port:
+        app.include_router(metrics.router)
     openapi.install(app)
     return app
 
@@ -70,8 +81,10 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
 async def _context(settings: ServiceSettings, counted: Metrics) -> AsyncIterator[Context]:
     """The parts while the process serves: connections are made on use, and closed at the end."""
     async with _redis(settings) as redis, httpx.AsyncClient(trust_env=False) as http:
-        signals = JobSignals(redis)
-        async with signals.reading():
+        signals, durability = JobSignals(redis), Durability(redis, settings)
+        store, shelf = open_store(settings.media_url), Shelf(redis, settings)
+        sweeper = Sweeper(store, shelf, settings)
+        async with durability.watching(), signals.reading(), sweeper.sweeping():
             yield Context(
                 settings=settings,
                 metrics=counted,
@@ -79,7 +92,11 @@ async def _context(settings: ServiceSettings, counted: Metrics) -> AsyncIterator
                 http=http,
                 jobs=Jobs(redis, signals, settings),
                 workers=Workers(redis, settings),
-                media=MediaStore(open_store(settings.media_url), settings),
+                shelf=shelf,
+                media=MediaStore(store, shelf, Fetcher(settings), settings),
+                rates=RateLimit(redis, settings),
+                admission=Admission(redis, durability, settings),
+                idempotency=Idempotency(redis, settings),
             )
 
 

@@ -51,8 +51,8 @@ async def answer_request(request: Request) -> AsyncIterator[AnswerRequest]:
     """The validated body. Uploaded files stay open, and the body in memory, until the context ends."""
     kind = content_type(request.headers.get("content-type"))
     if kind == MULTIPART:
-        async with _form(request) as form:
-            yield _from_form(form)
+        async with form(request) as fields:
+            yield _from_form(fields)
     elif kind == "application/json" or kind.endswith("+json"):
         yield await _from_json(request)
     else:
@@ -70,17 +70,18 @@ async def _from_json(request: Request) -> AnswerRequest:
 
 
 @asynccontextmanager
-async def _form(request: Request) -> AsyncIterator[FormData]:
+async def form(request: Request) -> AsyncIterator[FormData]:
+    """The parts of a multipart body; its files are open until the context ends."""
     try:
-        form = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS)
+        parts = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS)
     except HTTPException:
         raise MalformedBodyError(
             f"The body is not valid {MULTIPART}, has more than {MAX_PARTS} parts, or a text field over 1 MiB."
         ) from None
     try:
-        yield form
+        yield parts
     finally:
-        await form.close()
+        await parts.close()
 
 
 def _from_form(form: FormData) -> AnswerRequest:

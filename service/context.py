@@ -12,10 +12,14 @@ if TYPE_CHECKING:
     from httpx import AsyncClient
     from redis.asyncio import Redis
 
+    from service.admission import Admission
+    from service.idempotency import Idempotency
     from service.jobs import Jobs
     from service.media import MediaStore
     from service.metrics import Metrics
+    from service.rates import RateLimit
     from service.settings import ServiceSettings
+    from service.shelf import Shelf
     from service.workers import Workers
 
 
@@ -29,7 +33,11 @@ class Context:
     http: AsyncClient
     jobs: Jobs
     workers: Workers
+    shelf: Shelf
     media: MediaStore
+    rates: RateLimit
+    admission: Admission
+    idempotency: Idempotency
 
 
 def _context(request: Request) -> Context:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from http import HTTPStatus
 from typing import TYPE_CHECKING
 
@@ -12,15 +11,15 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from fastapi import FastAPI
     from starlette.requests import Request
     from starlette.responses import Response
 
     from worker.contract import Problem
 
-logger = logging.getLogger(__name__)
+OPENAI_ROUTES = "/v1/chat/"
+"""What the paths begin with whose errors OpenAI's clients read."""
+_OPENAI_TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ServiceError(Exception):
@@ -38,6 +37,18 @@ class ServiceError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+
+class UnauthorizedError(ServiceError):
+    """No key, or none that is known."""
+
+    slug = "unauthorized"
+    status = 401
+    title = "Unauthorized"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
 
 
 class MalformedBodyError(ServiceError):
@@ -86,6 +97,14 @@ class UrlNotAllowedError(ServiceError):
     title = "URL not allowed"
 
 
+class UrlNotFetchedError(ServiceError):
+    """An allowed URL did not give media. Why is not told: the server is no means to look at its network."""
+
+    slug = "url-not-fetched"
+    status = 422
+    title = "URL not fetched"
+
+
 class UndecodableMediaError(ServiceError):
     """The bytes begin like a known format, but its header cannot be read."""
 
@@ -116,6 +135,55 @@ class BodyTooLargeError(ServiceError):
     slug = "body-too-large"
     status = 413
     title = "Body too large"
+
+
+class SlowBodyError(ServiceError):
+    """The body was not complete in time."""
+
+    slug = "request-timeout"
+    status = 408
+    title = "Request timeout"
+
+
+class RateLimitedError(ServiceError):
+    """The key has sent more requests than it may."""
+
+    slug = "rate-limited"
+    status = 429
+    title = "Too many requests"
+
+    def __init__(self, retry_after_s: int) -> None:
+        super().__init__(f"More requests than this key may send; try again in {retry_after_s} s.")
+        self.retry_after_s = retry_after_s
+
+
+class QueueFullError(ServiceError):
+    """As many jobs of the model wait as may."""
+
+    slug = "queue-full"
+    status = 429
+    title = "Queue full"
+
+    def __init__(self, model: str, retry_after_s: int) -> None:
+        super().__init__(f"The queue of {model} is full; try again in {retry_after_s} s.")
+        self.retry_after_s = retry_after_s
+
+
+class IdempotencyBusyError(ServiceError):
+    """A request with the same `Idempotency-Key` is still being admitted."""
+
+    slug = "idempotency-key-busy"
+    status = 409
+    title = "Idempotency key in use"
+    retry_after_s = 1
+
+
+class IdempotencyMismatchError(ServiceError):
+    """The `Idempotency-Key` was used for another request."""
+
+    slug = "idempotency-key-reused"
+    status = 422
+    title = "Idempotency key reused"
 
 
 class UnknownModelError(ServiceError):
@@ -149,6 +217,15 @@ class BrokerAwayError(ServiceError):
     status = 503
     title = "Broker away"
     retry_after_s = 2
+
+
+class BrokerNotDurableError(ServiceError):
+    """The broker is not known to keep jobs, and `PRISM_REQUIRE_DURABLE_BROKER` is set."""
+
+    slug = "broker-not-durable"
+    status = 503
+    title = "Broker not durable"
+    retry_after_s = 30
 
 
 class StoreAwayError(ServiceError):
@@ -190,35 +267,40 @@ def problem_details(error: ServiceError | Problem, base_url: str, request_id: st
 
 
 def install(app: FastAPI, base_url: str) -> None:
-    """Makes `app` answer each error as `application/problem+json`."""
+    """Makes `app` answer each error as `application/problem+json`, on OpenAI's routes as theirs."""
+    app.state.problem_base_url = base_url
 
-    def respond(request: Request, error: ServiceError, headers: Mapping[str, str]) -> Response:
-        request_id = request.state.request_id
-        return JSONResponse(
-            problem_details(error, base_url, request_id),
-            status_code=error.status,
-            headers={**headers, "X-Request-Id": request_id},
-            media_type="application/problem+json",
-        )
+    async def answer(request: Request, error: Exception) -> Response:
+        return error_response(request, error)
 
-    def service_error(request: Request, error: Exception) -> Response:
+    for kind in (ServiceError, RequestValidationError, ClientDisconnect, HTTPException):
+        app.add_exception_handler(kind, answer)
+
+
+def error_response(request: Request, error: Exception) -> Response:
+    """The response to `error`, which need not be one of ours: then it tells nothing but the request's id."""
+    if isinstance(error, HTTPException):
+        known, headers = _from_status(error.status_code), dict(error.headers or {})
+    else:
         known = error if isinstance(error, ServiceError) else _known(error)
-        return respond(request, known, known.headers)
+        headers = known.headers
+    request_id = request.state.request_id
+    openai = request.url.path.startswith(OPENAI_ROUTES)
+    return JSONResponse(
+        openai_error(known)
+        if openai
+        else problem_details(known, request.app.state.problem_base_url, request_id),
+        status_code=known.status,
+        headers={**headers, "X-Request-Id": request_id},
+        media_type="application/json" if openai else "application/problem+json",
+    )
 
-    def http_error(request: Request, error: Exception) -> Response:
-        if not isinstance(error, HTTPException):
-            return service_error(request, error)
-        return respond(request, _from_status(error.status_code), error.headers or {})
 
-    def unexpected(request: Request, error: Exception) -> Response:
-        logger.error("request %s failed", request.state.request_id, exc_info=error)
-        return service_error(request, error)
-
-    app.add_exception_handler(ServiceError, service_error)
-    app.add_exception_handler(RequestValidationError, service_error)
-    app.add_exception_handler(ClientDisconnect, service_error)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, unexpected)
+def openai_error(error: ServiceError | Problem) -> dict[str, object]:
+    """`error` as OpenAI's clients read it: `code` is the slug, `type` one of the API's few."""
+    kind = _OPENAI_TYPES.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    detail = str(error) if isinstance(error, ServiceError) else error.detail
+    return {"error": {"message": detail, "type": kind, "param": None, "code": error.slug}}
 
 
 def _known(error: Exception) -> ServiceError:

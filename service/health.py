@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from service.context import Context
 
 VERSION = version("prismprune")
+LOOK_AGAIN_S = 5
+"""`Retry-After` of `/healthz`: a worker reports this often."""
 router = APIRouter(tags=["operations"])
 
 
@@ -40,6 +42,7 @@ async def healthz(here: Here) -> JSONResponse:
     return JSONResponse(
         {"status": "ok" if healthy else "unavailable", **parts},
         status_code=HTTPStatus.OK if healthy else HTTPStatus.SERVICE_UNAVAILABLE,
+        headers={} if healthy else {"Retry-After": str(LOOK_AGAIN_S)},
     )
 
 

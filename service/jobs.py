@@ -22,6 +22,7 @@ from worker.contract import (
     JobState,
     Problem,
     job_key,
+    open_jobs_key,
     queue_name,
 )
 
@@ -61,6 +62,7 @@ class JobRecord:
     """The job's hash, parsed. Times are Unix seconds."""
 
     id: str
+    owner: str
     request_id: str
     state: JobState
     created_at: float
@@ -75,6 +77,7 @@ class JobRecord:
         state = JobState(fields["state"])
         return cls(
             id=job_id,
+            owner=fields.get("owner", ""),
             request_id=fields.get("request_id", ""),
             state=state,
             created_at=float(fields["created_at"]),
@@ -145,18 +148,24 @@ class Jobs:
         self._producer = producer(settings.broker_url, settings.broker_timeout_s)
         self._publishers = CapacityLimiter(PUBLISHERS)
 
-    async def submit(self, job: AnswerJob) -> JobRecord:
-        """Creates the job's state, then enqueues it. Raises `BrokerAwayError`: then it is not accepted."""
+    async def submit(self, job: AnswerJob, owner: str) -> JobRecord:
+        """Creates the job's state, then enqueues it.
+
+        Raises `BrokerAwayError`: then it may have been accepted, or not.
+        """
         fields: dict[Any, Any] = {
             "state": JobState.QUEUED.value,
             "created_at": repr(job.created_at),
             "request_id": job.request_id,
+            "owner": owner,
+            "payload": job.model_dump_json(),  # sent again by a worker where the queue lost it
         }
         ttl_s = RESULT_TTL_S + int(job.deadline_at - job.created_at)
         async with broker_within(self._timeout_s):
             async with self._redis.pipeline(transaction=True) as pipe:
                 pipe.hset(job_key(job.id), mapping=fields)
                 pipe.expire(job_key(job.id), ttl_s)
+                pipe.zadd(open_jobs_key(job.model), {job.id: job.created_at})
                 await pipe.execute()
             await to_thread.run_sync(self._enqueue, job, abandon_on_cancel=True, limiter=self._publishers)
         return JobRecord.parse(job.id, fields)
@@ -176,16 +185,12 @@ class Jobs:
             fields: dict[str, str] = await self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]  # decoded
         return JobRecord.parse(job_id, fields) if fields else None
 
-    async def run(self, job: AnswerJob, timeout_s: float) -> JobRecord:
-        """Submits `job` and waits until it ends or `timeout_s` have passed; the record tells which.
-
-        Raises `BrokerAwayError` if the job was not accepted; from then on nothing.
-        """
-        if timeout_s == 0:
-            return await self.submit(job)
+    async def wait(self, record: JobRecord, timeout_s: float) -> JobRecord:
+        """The job once it has ended, or as it stands after `timeout_s`; raises nothing."""
+        if record.state.terminal or timeout_s == 0:
+            return record
         wait_until = time.monotonic() + timeout_s
-        async with self._signals.of(job.id) as changed:
-            record = await self.submit(job)
+        async with self._signals.of(record.id) as changed:  # whose first signal says: subscribed, look once
             while not record.state.terminal and (left := wait_until - time.monotonic()) > 0:
                 await _wait(changed, min(left, LOOK_AGAIN_S))
                 changed.clear()

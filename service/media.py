@@ -5,16 +5,20 @@ Nothing is decoded here; a header that lies is found by the worker, which decode
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
+import tempfile
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from anyio import to_thread
 from obstore.exceptions import BaseError
 from obstore.store import from_url
-from PIL import Image
+from PIL import ExifTags, Image
+from starlette.datastructures import UploadFile
 
 from service.errors import (
     InvalidRequestError,
@@ -23,18 +27,21 @@ from service.errors import (
     UndecodableMediaError,
     UnknownMediaError,
     UnsupportedMediaError,
-    UrlNotAllowedError,
+    UrlNotFetchedError,
 )
 from service.schemas import MediaById, MediaByUrl
 from worker.contract import MediaRef, media_path
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 
     from obstore.store import ObjectStore
 
+    from service.fetch import Fetcher
+    from service.keys import Caller
     from service.schemas import AnswerRequest, Media
     from service.settings import ServiceSettings
+    from service.shelf import Shelf
     from worker.contract import Modality
 
 CHUNK = 1024 * 1024
@@ -58,6 +65,9 @@ VIDEO_TYPES = (
     "image/gif",
 )
 _ALLOWED: dict[Modality, tuple[str, ...]] = {"image": IMAGE_TYPES, "video": VIDEO_TYPES}
+_DECODED = ("width", "height", "frames")
+_LYING = (5, 6, 7, 8)
+"""EXIF orientations of pictures that are stored on their side."""
 _STILL_BRANDS = (b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
@@ -102,48 +112,143 @@ def open_store(url: str) -> ObjectStore:
     return from_url(url, mkdir=True) if url.startswith("file:") else from_url(url)
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What `/v1/media` tells of an upload. Sizes in pixels, upright; None where only decoding would tell."""
+
+    id: str
+    media_type: str
+    bytes: int
+    width: int | None
+    height: int | None
+    frames: int | None
+    expires_at: float
+
+
+async def spool(chunks: AsyncIterable[bytes], file: IO[bytes], limit: Callable[[bytes], int]) -> None:
+    """Writes `chunks` to `file` as they come. Raises what `limit` raises, `MediaTooLargeError` beyond it.
+
+    `limit` is asked once, when the file's first `HEAD` bytes are there: they decide what may follow.
+    """
+    head, size, most = b"", 0, None
+    async for chunk in chunks:
+        size += len(chunk)
+        if most is None:
+            head += chunk[: HEAD - len(head)]
+            most = limit(head) if len(head) == HEAD else None
+        if most is not None and size > most:
+            raise MediaTooLargeError(f"Files of this type may have at most {most} bytes.")
+        await to_thread.run_sync(file.write, chunk)
+
+
 class MediaStore:
     """What the front end does with media. The work is done in threads: nothing here blocks the loop."""
 
-    def __init__(self, store: ObjectStore, settings: ServiceSettings) -> None:
+    def __init__(self, store: ObjectStore, shelf: Shelf, fetcher: Fetcher, settings: ServiceSettings) -> None:
         self._store = store
+        self._shelf = shelf
+        self._fetcher = fetcher
         self._settings = settings
 
-    async def inspect(self, request: AnswerRequest) -> tuple[Intake, ...]:
-        """Type, size, pixels and hash of everything in `request`; raises for the first that is refused."""
+    @asynccontextmanager
+    async def intake(self, request: AnswerRequest, caller: Caller) -> AsyncIterator[tuple[Intake, ...]]:
+        """Type, size, pixels and hash of everything in `request`; raises for the first that is refused.
+
+        What was fetched is open, and on disk, until the context ends.
+        """
         modality: Modality = "image" if request.video is None else "video"
         sources = _sources(request)
         if len(sources) > self._settings.max_images:
             raise InvalidRequestError(f"images: at most {self._settings.max_images} images in one request")
-        return await to_thread.run_sync(
-            lambda: tuple(self._inspect(source, field, modality) for field, source in sources.items())
-        )
+        async with AsyncExitStack() as closing:
+            files = await self._fetch(sources, modality, closing)
+            for field, source in sources.items():
+                if isinstance(source, MediaById) and await self._shelf.facts(source.id, caller) is None:
+                    raise _unknown(field)
+            yield await to_thread.run_sync(
+                lambda: tuple(
+                    self._inspect(files.get(field, source), field, modality)
+                    for field, source in sources.items()
+                )
+            )
 
-    async def keep(self, intakes: Iterable[Intake]) -> None:
-        """Writes what the store does not have yet. Raises `StoreAwayError`."""
+    async def keep(self, intakes: Iterable[Intake], caller: Caller) -> None:
+        """Writes what the store does not have yet, and keeps all of it for `caller`.
+
+        Raises `StoreAwayError`, `BrokerAwayError`, or `UnknownMediaError` for what has just expired.
+        """
+        await self._shelf.claim((intake.ref for intake in intakes), caller)
         await to_thread.run_sync(self._keep, intakes)
 
-    def _inspect(self, source: Media, field: str, modality: Modality) -> Intake:
-        if isinstance(source, MediaByUrl):
-            raise UrlNotAllowedError(f"{field}: this server fetches no media; send a data URI or a file.")
+    async def upload(self, file: IO[bytes], caller: Caller) -> Upload:
+        """Stores one complete file, which `caller` may then refer to. Raises as `intake` and `keep` do."""
+        ref, size = await to_thread.run_sync(self._measure_upload, file)
+        expires_at = await self._shelf.claim((ref,), caller)
+        await to_thread.run_sync(self._keep, (Intake(ref, file),))
+        known: dict[str, Any] = await self._shelf.facts(ref.id, caller) or {}  # a worker may have decoded it
+        width, height, frames = (int(known[each]) if each in known else None for each in _DECODED)
+        if size is not None:
+            width, height, frames = *size, None if ref.media_type == "image/gif" else 1
+        return Upload(ref.id, ref.media_type, ref.size_bytes, width, height, frames, expires_at)
+
+    def upload_limit(self, head: bytes) -> int:
+        """Bytes that a file may have which begins with `head`. Raises `UnsupportedMediaError`."""
+        media_type = _allowed_type(head, "file", *_ALLOWED)
+        video = media_type in VIDEO_TYPES  # a GIF may be meant as either
+        return self._settings.max_video_bytes if video else self._settings.max_image_bytes
+
+    def _measure_upload(self, file: IO[bytes]) -> tuple[MediaRef, tuple[int, int] | None]:
+        file.seek(0)
+        limit = self.upload_limit(head := file.read(HEAD))
+        if (size := file.seek(0, io.SEEK_END)) > limit:
+            raise MediaTooLargeError(f"Files of this type may have at most {limit} bytes.")
+        modality: Modality = "image" if sniff(head) in IMAGE_TYPES else "video"
+        return self._measured(file, head, "file", modality, size)
+
+    async def _fetch(
+        self, sources: dict[str, Media], modality: Modality, closing: AsyncExitStack
+    ) -> dict[str, IO[bytes]]:
+        """The media that come by URL, by field, in files that `closing` closes."""
+        limit, files = self._limit(modality), dict[str, IO[bytes]]()
+        try:
+            async with asyncio.timeout(self._settings.fetch_timeout_s):
+                for field, source in sources.items():
+                    if not isinstance(source, MediaByUrl):
+                        continue
+                    files[field] = file = closing.enter_context(spooled_file())
+                    async with aclosing(self._fetcher.stream(source.url, field, limit)) as chunks:
+                        await spool(chunks, file, lambda _: limit)
+        except TimeoutError:
+            raise UrlNotFetchedError(f"{field}: the URL could not be fetched in time.") from None
+        return files
+
+    def _inspect(self, source: Media | IO[bytes], field: str, modality: Modality) -> Intake:
         if isinstance(source, MediaById):
             return Intake(self._stored(source.id, field, modality), None)
-        file = self._decode(source, field, modality) if isinstance(source, str) else source.file
+        file = self._decode(source, field, modality) if isinstance(source, str) else _file(source)
         return Intake(self._measure(file, field, modality), file)
 
     def _measure(self, file: IO[bytes], field: str, modality: Modality) -> MediaRef:
         size = file.seek(0, io.SEEK_END)
         self._check_size(size, field, modality)
         file.seek(0)
-        media_type = _allowed_type(file.read(HEAD), field, modality)
+        return self._measured(file, file.read(HEAD), field, modality, size)[0]
+
+    def _measured(
+        self, file: IO[bytes], head: bytes, field: str, modality: Modality, size: int
+    ) -> tuple[MediaRef, tuple[int, int] | None]:
+        """The reference to `file`, and its width and height if it is taken as a picture."""
+        media_type, pixels = _allowed_type(head, field, modality), None
         if modality == "image":
-            _check_pixels(file, media_type, field, self._settings.max_image_pixels)
+            pixels = _check_pixels(file, media_type, field, self._settings.max_image_pixels)
         file.seek(0)
-        return MediaRef(id=_sha256(file), media_type=media_type, modality=modality, size_bytes=size)
+        return MediaRef(id=_sha256(file), media_type=media_type, modality=modality, size_bytes=size), pixels
+
+    def _limit(self, modality: Modality) -> int:
+        return self._settings.max_image_bytes if modality == "image" else self._settings.max_video_bytes
 
     def _check_size(self, size: int, field: str, modality: Modality) -> None:
-        limit = self._settings.max_image_bytes if modality == "image" else self._settings.max_video_bytes
-        if size > limit:
+        if size > (limit := self._limit(modality)):
             raise MediaTooLargeError(f"{field}: {modality}s may have at most {limit} bytes.")
 
     def _decode(self, uri: str, field: str, modality: Modality) -> IO[bytes]:
@@ -162,7 +267,7 @@ class MediaStore:
             size = self._store.head(path)["size"]
             head = self._store.get_range(path, start=0, length=min(size, HEAD)).to_bytes()
         except FileNotFoundError:
-            raise UnknownMediaError(f"{field}: no media of this id is stored.") from None
+            raise _unknown(field) from None
         except BaseError as error:
             raise StoreAwayError("Stored media cannot be read now.") from error
         self._check_size(size, field, modality)
@@ -173,9 +278,12 @@ class MediaStore:
         try:
             for intake in intakes:
                 path = media_path(intake.ref.id)
-                if intake.file is not None and not self._has(path):
-                    intake.file.seek(0)
-                    self._store.put(path, intake.file)
+                if self._has(path):
+                    continue
+                if intake.file is None:
+                    raise _unknown("media")
+                intake.file.seek(0)
+                self._store.put(path, intake.file)
         except (BaseError, OSError) as error:
             raise StoreAwayError("Media cannot be stored now.") from error
 
@@ -202,23 +310,51 @@ def _sha256(file: IO[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _allowed_type(head: bytes, field: str, modality: Modality) -> str:
+def _unknown(field: str) -> UnknownMediaError:
+    return UnknownMediaError(f"{field}: no media of this id is stored.")
+
+
+def _file(source: Media | IO[bytes]) -> IO[bytes]:
+    """The file of an upload's part, or what was fetched in a URL's place."""
+    return source.file if isinstance(source, UploadFile) else cast("IO[bytes]", source)
+
+
+def spooled_file() -> tempfile.SpooledTemporaryFile[bytes]:
+    """A nameless file that is in memory while it is small."""
+    return tempfile.SpooledTemporaryFile(max_size=CHUNK)
+
+
+def _allowed_type(head: bytes, field: str, *modalities: Modality) -> str:
     media_type = sniff(head)
-    if media_type not in _ALLOWED[modality]:
+    allowed = tuple(dict.fromkeys(each for modality in modalities for each in _ALLOWED[modality]))
+    if media_type not in allowed:
         found = f"{media_type} is" if media_type else "the file's first bytes are"
-        raise UnsupportedMediaError(f"{field}: {found} none of {', '.join(_ALLOWED[modality])}.")
+        raise UnsupportedMediaError(f"{field}: {found} none of {', '.join(allowed)}.")
     return media_type
 
 
-def _check_pixels(file: IO[bytes], media_type: str, field: str, limit: int) -> None:
-    """Reads the header only: Pillow decodes on first use of the pixels, which never comes."""
+def _check_pixels(file: IO[bytes], media_type: str, field: str, limit: int) -> tuple[int, int]:
+    """Width and height, upright, from the header: Pillow decodes on first use of the pixels: never here."""
     too_large = f"{field}: images may have at most {limit} pixels."
     try:
         with Image.open(file, formats=[_PILLOW[media_type]]) as image:
             width, height = image.size
+            lying = _orientation(image) in _LYING
     except Image.DecompressionBombError as error:
         raise MediaTooLargeError(too_large) from error
     except Exception as error:  # Pillow's header parsers raise whatever a broken header leads them into
         raise UndecodableMediaError(f"{field}: the header of this {media_type} cannot be read.") from error
     if width * height > limit:
         raise MediaTooLargeError(too_large)
+    return (height, width) if lying else (width, height)
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF's orientation if the header has one; `image.getexif` would decode some files to look for it."""
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif", b""))
+        orientation: int | None = exif.get(ExifTags.Base.Orientation)
+    except Exception:  # noqa: BLE001 - as above, but a broken tag is no reason to refuse a picture
+        return None
+    return orientation

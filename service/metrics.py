@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from contextlib import contextmanager
+import socket
+from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING
 
 import httpx
+import uvicorn
 from fastapi import APIRouter, Response
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -17,6 +19,8 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
+from starlette.applications import Starlette
+from starlette.routing import Route
 
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import BrokerAwayError, ServiceError
@@ -24,7 +28,9 @@ from service.jobs import broker_within
 from worker.contract import queue_name
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import AsyncIterator, Iterator
+
+    from starlette.requests import Request
 
     from service.context import Context
 
@@ -32,7 +38,8 @@ logger = logging.getLogger(__name__)
 router = APIRouter(tags=["operations"])
 
 UPSTREAM_TIMEOUT_S = 1.0
-_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Seconds: a probe takes milliseconds, an answer as long as its caller waits (`max_timeout_s` at most)."""
 
 
 class Metrics:
@@ -45,7 +52,7 @@ class Metrics:
             "Time from a request's first byte to its response's last, waiting included.",
             ("route", "method", "status"),
             registry=self.registry,
-            buckets=_SECONDS,
+            buckets=HTTP_BUCKETS,
         )
         self.rejections = Counter(
             "prismprune_admission_rejections_total",
@@ -91,6 +98,40 @@ async def metrics(here: Here) -> Response:
         here.metrics.workers.labels(model).set(count)
     pages = [here.metrics.page(), *(text for text in texts if text is not None)]
     return Response("".join(pages), media_type=CONTENT_TYPE_LATEST)
+
+
+@asynccontextmanager
+async def serving(here: Context) -> AsyncIterator[None]:
+    """Serves `/metrics` on `metrics_port` while the block runs; not at all for port 0.
+
+    In this event loop: the numbers are this process's own. Raises `OSError` if the port cannot be had.
+    """
+    settings = here.settings
+    if not settings.metrics_port:
+        yield
+        return
+
+    async def page(_request: Request) -> Response:
+        return await metrics(here)
+
+    family = socket.AF_INET6 if ":" in settings.metrics_host else socket.AF_INET
+    with socket.create_server((settings.metrics_host, settings.metrics_port), family=family) as listening:
+        app = Starlette(routes=[Route("/metrics", page)])
+        server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        serve = asyncio.create_task(server.serve(sockets=[listening]))
+        try:
+            yield
+        finally:
+            server.should_exit = True
+            await serve
+
+
+class _Server(uvicorn.Server):
+    """A server beside the main one, which alone listens to signals."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
 
 
 async def _queues(here: Context) -> dict[str, tuple[int, int]]:

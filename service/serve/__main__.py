@@ -9,11 +9,13 @@ import sys
 
 from pydantic import ValidationError
 
-from service.serve.errors import ServeError
+from service.keys import WHY_NOT, may_listen
+from service.serve.errors import ServeError, UnguardedError
 from service.serve.machine import claim, require_free_port
 from service.serve.settings import ServeSettings
 from service.serve.stack import bring_up, say
 from service.serve.tree import ProcessTree
+from service.settings import complaints
 
 WITH_PARENT = "--end-with-parent"
 """`make serve` passes it, so that killing `make` is enough."""
@@ -52,12 +54,14 @@ def main() -> int:
     """Serves until told to stop; returns the exit code."""
     try:
         settings = ServeSettings()
+        if not may_listen(settings, settings.host):
+            raise UnguardedError(WHY_NOT)
         with claim(settings.data_dir):
             require_free_port(settings.host, settings.port)
             asyncio.run(serve(settings, with_parent=WITH_PARENT in sys.argv[1:]))
     except ValidationError as error:
-        for problem in error.errors():
-            say(f"PRISM_{str(problem['loc'][0]).upper()}: {problem['msg']}")
+        for complaint in complaints(error):
+            say(complaint)
         return 2
     except ServeError as error:
         say(f"\n{error}")

@@ -15,6 +15,10 @@ class PortInUseError(ServeError):
         )
 
 
+class UnguardedError(ServeError):
+    """The front end would listen beyond loopback without keys."""
+
+
 class DataDirectoryError(ServeError):
     def __init__(self, problem: str) -> None:
         super().__init__(

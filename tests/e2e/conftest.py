@@ -55,7 +55,7 @@ class Tree:
 
     def member(self, words: str) -> psutil.Process:
         """The one child that has `words` on its command line."""
-        (found,) = (each for each in self.family if words in " ".join(each.cmdline()))
+        (found,) = (each for each in self.family if words in " ".join((*each.cmdline(), "")))
         return found
 
     def end(self, signal_number: signal.Signals) -> int:

@@ -188,7 +188,7 @@ def test_the_tree_ends_with_the_make_that_started_it(checkpoint: str, tmp_path: 
         assert tree.end(signal.SIGKILL) == -signal.SIGKILL
 
 
-@pytest.mark.parametrize("words", ["-m worker", "uvicorn", "valkey-server"])
+@pytest.mark.parametrize("words", ["-m worker ", "-m service ", "valkey-server"])
 def test_the_death_of_one_process_ends_the_tree(checkpoint: str, tmp_path: Path, words: str) -> None:
     """Whichever dies: the others go too, the exit code is not 0, and the message says who it was."""
     with serving(tmp_path, PRISM_MODEL=checkpoint) as tree:

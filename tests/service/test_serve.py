@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from service.keys import ApiKeys, new_key
 from service.serve import stack
 from service.serve.errors import ChildFailedError, DataDirectoryError, PortInUseError
 from service.serve.machine import claim, free_ports, require_free_port
@@ -298,6 +299,35 @@ def test_the_password_is_on_no_command_line_and_in_the_childrens_environment(tmp
         .environment["PRISM_METRICS_UPSTREAMS"]
         .endswith(f":{planned.worker().environment['PRISM_WORKER_METRICS_PORT']}/metrics")
     )
+
+
+def test_where_keys_are_asked_for_the_program_has_one_of_its_own(tmp_path: Path) -> None:
+    """It waits for `/healthz`; its key is drawn anew at each start, beside the operator's."""
+    _, line = new_key("alice")
+    planned = stack.Stack.plan(ServeSettings(data_dir=tmp_path, api_keys=line))
+    lines = planned.front_end().environment["PRISM_API_KEYS"].split(",")
+    assert lines[0] == line
+    assert ApiKeys(lines).caller(f"Bearer {planned.key}").owner == "make-serve"
+    assert not any(planned.key in each for each in planned.front_end().environment.values())
+    keyless = stack.Stack.plan(ServeSettings(data_dir=tmp_path))
+    assert "PRISM_API_KEYS" not in keyless.front_end().environment
+
+
+def test_beyond_loopback_it_starts_nothing_without_keys(tmp_path: Path) -> None:
+    """The terminal says what to do instead; nothing was fetched or started."""
+    ended = serve(tmp_path, PRISM_HOST="0.0.0.0", PRISM_PORT=str(free_ports(1)[0]))
+    assert ended.returncode == 1
+    assert "python -m service.keys NAME" in ended.stdout
+    assert "[1/4]" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "::1"), ("10.0.0.5",) * 2],
+)
+def test_the_front_end_is_waited_for_where_it_listens(host: str, address: str) -> None:
+    """On its own address, or on loopback where it listens on all of them."""
+    assert ServeSettings(host=host).reached_at == address
 
 
 def test_the_users_other_settings_reach_the_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,88 @@
+"""Whether the broker keeps what it is given: it must not evict jobs, nor forget them in a restart."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from service.errors import BrokerAwayError, BrokerNotDurableError
+from service.jobs import broker_within
+from service.tasks import in_background
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from redis.asyncio import Redis
+
+    from service.settings import ServiceSettings
+
+logger = logging.getLogger(__name__)
+
+LOOK_AGAIN_S = 5.0
+
+
+class NotDurableError(Exception):
+    """`PRISM_REQUIRE_DURABLE_BROKER` is set and the broker may lose jobs: the front end does not start."""
+
+
+class Durability:
+    """What is known of the broker; nothing while it has not answered yet."""
+
+    def __init__(self, redis: Redis, settings: ServiceSettings) -> None:
+        self._redis = redis
+        self._timeout_s = settings.broker_timeout_s
+        self._required = settings.require_durable_broker
+        self._faults: tuple[str, ...] | None = None
+
+    def require(self) -> None:
+        """Raises `BrokerNotDurableError` where it is required and not known."""
+        if self._required and self._faults != ():
+            raise BrokerNotDurableError("The broker is not known to keep jobs through a restart.")
+
+    @asynccontextmanager
+    async def watching(self) -> AsyncIterator[None]:
+        """Asks at the start and, of a broker that is away then, in the background until it answers.
+
+        Raises `NotDurableError`, at the start only: a process that serves goes on, and refuses jobs.
+        """
+        await self._look()
+        if self._required and self._faults:
+            raise NotDurableError(_said(self._faults))
+        async with in_background(self._look_until_known()):
+            yield
+
+    async def _look_until_known(self) -> None:
+        while self._faults is None:
+            await asyncio.sleep(LOOK_AGAIN_S)
+            await self._look()
+
+    async def _look(self) -> None:
+        try:
+            async with broker_within(self._timeout_s):  # INFO: hosted brokers refuse CONFIG
+                about: dict[str, Any] = await self._redis.info()
+        except BrokerAwayError:
+            logger.warning("the broker does not answer yet: whether it keeps jobs is looked at later")
+            return
+        self._faults = faults(about)
+        if self._faults:
+            logger.warning(_said(self._faults))
+
+
+def faults(about: dict[str, Any]) -> tuple[str, ...]:
+    """Why a broker that says `about` of itself in INFO may lose jobs; empty if it does not.
+
+    What it does not say counts against it.
+    """
+    policy = about.get("maxmemory_policy", "unknown")
+    found = []
+    if policy != "noeviction":
+        found.append(f"its maxmemory-policy is {policy}, not noeviction: it may evict accepted jobs")
+    if about.get("aof_enabled") != 1:
+        found.append("appendonly is off: a restart loses accepted jobs")
+    return tuple(found)
+
+
+def _said(found: tuple[str, ...]) -> str:
+    return "THE BROKER IS NOT DURABLE: " + "; ".join(found)
