@@ -1,0 +1,60 @@
+# Two images: `service` (no torch, no numpy, no video library) and `worker`.
+#
+#   docker build --target service -t prismprune/service .
+#   docker build --target worker  -t prismprune/worker .
+#
+# PIP_ARGS: options for pip, such as another index or one with CPU-only builds of torch. REVISION: the commit,
+# shown by /version. PYTHON_IMAGE: the base; pin it by digest where builds must be the same for ever.
+ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
+
+FROM ${PYTHON_IMAGE} AS base
+ENV PATH=/opt/prism/bin:$PATH PYTHONUNBUFFERED=1
+# Directories that volumes are mounted on belong to the user, so that a new named volume does too.
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /cache --shell /usr/sbin/nologin prism \
+ && install --directory --owner=prism --group=prism /cache /media
+
+FROM base AS build
+ARG PIP_ARGS=""
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python3 -m venv /opt/prism && pip install --upgrade ${PIP_ARGS} "setuptools>=77" wheel
+WORKDIR /src
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+# The front end takes one extra without the library's own dependencies: an extra cannot leave those out.
+RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
+open('service.txt', 'w').write('\n'.join(e['service'])); \
+open('worker.txt', 'w').write('\n'.join(p['dependencies'] + e['worker'] + e['demo'] + e['quantization']))"
+
+FROM build AS build-service
+RUN pip install ${PIP_ARGS} --constraint constraints.txt --requirement service.txt
+COPY service service
+COPY worker/__init__.py worker/contract.py worker/
+RUN pip install --no-deps --no-build-isolation . && pip uninstall --yes setuptools wheel pip
+
+FROM build AS build-worker
+RUN pip install ${PIP_ARGS} --constraint constraints.txt --requirement worker.txt
+COPY prismprune prismprune
+COPY worker worker
+# pip stays: the demo model's parts come from the package index.
+RUN pip install --no-deps --no-build-isolation .
+
+FROM base AS service
+ARG REVISION=""
+ENV PRISM_HOST=0.0.0.0 PRISM_PORT=8000 PRISM_METRICS_HOST=0.0.0.0 PRISM_METRICS_PORT=9100 \
+    PRISM_LOG_FORMAT=json PRISM_BUILD_REVISION=${REVISION}
+COPY --from=build-service /opt/prism /opt/prism
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 8000 9100
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python3", "-c", "import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["python3", "-m", "service"]
+
+FROM base AS worker
+ENV PRISM_METRICS_HOST=0.0.0.0 PRISM_WORKER_METRICS_PORT=9101 \
+    PRISM_CACHE_DIR=/cache/prismprune HF_HOME=/cache/huggingface
+COPY --from=build-worker /opt/prism /opt/prism
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 9101
+# Healthy is warm. A first start fetches or downloads its model.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20m CMD ["python3", "-c", "import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', 9101, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+ENTRYPOINT ["python3", "-m", "worker"]

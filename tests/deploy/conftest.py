@@ -1,0 +1,175 @@
+"""What the deployment's files say, and what the code says that they must agree with."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import promql_parser as promql
+import pytest
+import yaml
+from prometheus_client import Histogram
+
+from prismprune.settings import LibrarySettings
+from service.metrics import Metrics
+from service.settings import ServiceSettings
+from worker.metrics import WorkerMetrics
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from pydantic_settings import BaseSettings
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = ("cpu-demo", "gpu")
+SETTINGS: dict[str, tuple[type[BaseSettings], ...]] = {
+    "service": (ServiceSettings,),
+    "worker": (WorkerSettings, LibrarySettings),
+}
+TARGET_LABELS = frozenset(("job", "instance"))
+"""What Prometheus itself adds to every series."""
+Document = dict[str, Any]
+
+
+def variables(component: str) -> set[str]:
+    """The environment names that `service` or `worker` has."""
+    return {f"PRISM_{field.upper()}" for each in SETTINGS[component] for field in each.model_fields}
+
+
+def accepted(component: str, environment: dict[str, str], **more: str) -> BaseSettings:
+    """The settings that a container with `environment` runs with; raises where it would not start."""
+    settings = SETTINGS[component][0]
+    named = {name.removeprefix("PRISM_").lower(): value for name, value in (environment | more).items()}
+    return settings(
+        **{name: value for name, value in named.items() if name in settings.model_fields and value}
+    )
+
+
+def program(name: str) -> str:
+    """The path of a program that pip cannot bring."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed (Debian and Ubuntu: apt-get install prometheus)")
+    return found
+
+
+@cache
+def rendered(overlay: str) -> tuple[Document, ...]:
+    """Every document of an overlay, as `kubectl apply -k` would send it."""
+    command = [str(Path(sys.executable).with_name("kubectl")), "kustomize", f"k8s/overlays/{overlay}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return tuple(document for document in yaml.safe_load_all(done.stdout) if document)
+
+
+@pytest.fixture(params=OVERLAYS)
+def documents(request: pytest.FixtureRequest) -> tuple[Document, ...]:
+    """Each overlay in turn."""
+    return rendered(request.param)
+
+
+@cache
+def exported() -> dict[str, frozenset[str]]:
+    """Every sample that front end and workers can expose, to its labels."""
+    found: dict[str, frozenset[str]] = {}
+    for registry in (Metrics().registry, WorkerMetrics("any").registry):
+        for collector, names in registry._collector_to_names.items():
+            labels = frozenset(collector._labelnames)
+            for name in names:
+                bucket = {"le"} if isinstance(collector, Histogram) and name.endswith("_bucket") else set()
+                found[name] = labels | bucket
+    return found
+
+
+@cache
+def recorded() -> frozenset[str]:
+    """The names that the recording rules make."""
+    return frozenset(rule["record"] for rule in rules() if "record" in rule)
+
+
+@cache
+def rules() -> tuple[Document, ...]:
+    """Every rule, recording and alerting, in order."""
+    groups = yaml.safe_load((ROOT / "monitoring/rules.yml").read_text())["groups"]
+    return tuple(rule for group in groups for rule in group["rules"])
+
+
+@dataclass(frozen=True, slots=True)
+class Selector:
+    """One metric in a query, and the labels it is matched by."""
+
+    name: str
+    labels: frozenset[str]
+    values: dict[str, str]
+
+
+def selectors(query: str) -> list[Selector]:
+    """Every metric of `query`; raises ValueError where it is not PromQL."""
+    return [
+        Selector(
+            node.name,
+            frozenset(each.name for each in node.matchers.matchers),
+            {each.name: each.value for each in node.matchers.matchers},
+        )
+        for node in nodes(promql.parse(query))
+        if isinstance(node, promql.VectorSelector)
+    ]
+
+
+def nodes(node: Any) -> Iterator[Any]:
+    """`node` and everything below it."""
+    yield node
+    for name in ("expr", "lhs", "rhs", "param", "vector_selector", "vs"):
+        child = getattr(node, name, None)
+        if isinstance(child, promql.Expr):
+            yield from nodes(child)
+    for child in getattr(node, "args", None) or ():
+        yield from nodes(child)
+
+
+def grouped_by(query: str) -> set[str]:
+    """Labels that some aggregation of `query` groups by."""
+    return {
+        label
+        for node in nodes(promql.parse(query))
+        if isinstance(node, promql.AggregateExpr) and node.modifier is not None
+        for label in node.modifier.labels
+    }
+
+
+def substituted(node: Any, environment: dict[str, str]) -> Any:
+    """A part of a compose file as compose reads it where the user has set `environment` and nothing else."""
+
+    def value(found: re.Match[str]) -> str:
+        return environment.get(found["name"]) or found["default"] or ""
+
+    if isinstance(node, dict):
+        return {key: substituted(each, environment) for key, each in node.items()}
+    if isinstance(node, list):
+        return [substituted(each, environment) for each in node]
+    variable = r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*)|:\?[^}]*)?\}"
+    return re.sub(variable, value, node) if isinstance(node, str) else node
+
+
+@pytest.fixture
+def compose() -> Callable[..., Document]:
+    """Reads compose files: the later ones' services over the earlier ones', as far as these files need it."""
+
+    def read(*names: str, **environment: str) -> Document:
+        merged: Document = {}
+        for name in names or ("docker-compose.yml",):
+            body = substituted(yaml.safe_load((ROOT / name).read_text()), environment)
+            for service, own in body["services"].items():
+                before = merged.setdefault(service, {})
+                own_environment = before.get("environment", {}) | own.get("environment", {})
+                merged[service] = before | own | ({"environment": own_environment} if own_environment else {})
+        return merged
+
+    return read

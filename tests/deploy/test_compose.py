@@ -1,0 +1,200 @@
+"""Images and compose files: hardened, private to the machine, and in step with the code."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tests.deploy.conftest import ROOT, Document, accepted, variables
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Compose = Callable[..., Document]
+
+DOCKERFILE = (ROOT / "Dockerfile").read_text()
+OURS = ("service", "worker")
+GPU = ("docker-compose.yml", "docker-compose.gpu.yml")
+
+
+def stage(name: str) -> str:
+    """The instructions of one stage of the Dockerfile, continued lines joined."""
+    stages = re.split(r"^FROM ", DOCKERFILE.replace("\\\n", ""), flags=re.MULTILINE)
+    (found,) = (each for each in stages if re.match(rf"\S+ AS {name}\n", each))
+    return found
+
+
+def image_environment(name: str) -> dict[str, str]:
+    """What the image of `service` or `worker` sets."""
+    lines = re.findall(r"^ENV (.+)$", stage(name), re.MULTILINE)
+    return dict(pair.split("=", 1) for line in lines for pair in line.split())
+
+
+def told(service: Document, name: str) -> dict[str, str]:
+    """The environment of a container: the image's under compose's."""
+    return image_environment(name) | {key: str(value) for key, value in service["environment"].items()}
+
+
+def seconds(duration: str) -> int:
+    """`630s`, `1h2m`."""
+    units = {"h": 3600, "m": 60, "s": 1}
+    return sum(int(number) * units[unit] for number, unit in re.findall(r"(\d+)([hms])", duration))
+
+
+def test_the_images_run_as_nobody_in_particular() -> None:
+    """A numeric user, so that Kubernetes can tell that it is not root; the last word in both stages."""
+    for name in OURS:
+        assert re.findall(r"^USER (.+)$", stage(name), re.MULTILINE) == ["10001:10001"]
+
+
+def test_the_images_start_without_a_shell() -> None:
+    """Signals reach the process: entry point and health check are lists."""
+    for name in OURS:
+        (entry,) = re.findall(r"^ENTRYPOINT (.+)$", stage(name), re.MULTILINE)
+        assert json.loads(entry) == ["python3", "-m", name]
+        (check,) = re.findall(r"^HEALTHCHECK .*?CMD (.+)$", stage(name), re.MULTILINE)
+        command = json.loads(check)
+        assert command[:2] == ["python3", "-c"]
+        compile(command[2], "HEALTHCHECK", "exec")
+        assert "/readyz" in command[2]
+
+
+def test_the_images_are_built_from_the_lock() -> None:
+    """What is installed, but for the build's own tools, is held to constraints.txt or comes alone."""
+    for name in ("build-service", "build-worker"):
+        for line in re.findall(r"pip install (.+)$", stage(name), re.MULTILINE):
+            assert "--constraint constraints.txt" in line or "--no-deps" in line
+
+
+def test_the_front_ends_image_has_no_heavy_parts() -> None:
+    """It installs its own extra alone, which names none of them, and one module of the worker."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {re.split(r"[\[<>=]", each)[0] for each in project["optional-dependencies"]["service"]}
+    assert not names & {"torch", "torchvision", "transformers", "numpy", "av", "prismprune", "accelerate"}
+    copied = re.findall(r"^COPY (?!--from)(.+)$", stage("build-service"), re.MULTILINE)
+    assert copied == ["service service", "worker/__init__.py worker/contract.py worker/"]
+
+
+def test_the_build_sees_nothing_but_what_it_needs() -> None:
+    """An allow list: no repository, no environment, no secret of the machine goes to the builder."""
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if not line.startswith("#")]
+    assert lines[0] == "*"
+    assert all(line.startswith(("!", "**/__pycache__")) for line in lines[1:])
+    for name in (line.removeprefix("!") for line in lines if line.startswith("!")):
+        assert (ROOT / name).exists()
+
+
+def test_the_images_environment_is_of_settings_that_exist() -> None:
+    """Misspelt names would be ignored in silence."""
+    for name in OURS:
+        assert {key for key in image_environment(name) if key.startswith("PRISM_")} <= variables(name)
+
+
+def test_everything_is_published_on_loopback_alone(compose: Compose) -> None:
+    """The demo asks for no key: nobody else may reach it. Broker and worker are not published at all."""
+    published = {name: service["ports"] for name, service in compose().items() if service.get("ports")}
+    assert set(published) == {"service", "prometheus", "grafana"}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    assert not any(service.get("network_mode") for service in compose().values())
+
+
+def test_every_container_is_hardened_and_limited(compose: Compose) -> None:
+    """Read-only, without capabilities, bounded, restarted, and healthy by a check."""
+    for name, service in compose(*GPU, PRISM_MODEL="m").items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert service["mem_limit"]
+        assert service["pids_limit"]
+        assert service["restart"] == "unless-stopped"
+        assert not service.get("privileged")
+        if name not in OURS:
+            assert service["healthcheck"]["test"][0] == "CMD"
+            assert not service["user"].startswith(("0", "root"))
+            assert not service["image"].endswith(":latest")
+
+
+def test_the_environment_names_settings_that_exist_and_accept_it(compose: Compose) -> None:
+    """With nothing set by the user, and with a model on a GPU."""
+    for services in (compose(), compose(*GPU, PRISM_MODEL="llava-hf/llava-1.5-7b-hf")):
+        both: list[Any] = [accepted(name, told(services[name], name)) for name in OURS]
+        for name in OURS:
+            assert {key for key in services[name]["environment"] if key.startswith("PRISM_")} <= variables(
+                name
+            )
+        front_end, worker = both
+        assert front_end.broker_url == worker.broker_url
+        assert front_end.media_url == worker.media_url
+        assert front_end.model == worker.model
+
+
+def test_front_end_and_worker_share_the_media(compose: Compose) -> None:
+    """One volume under the store's directory; the worker only reads."""
+    services = compose()
+    settings: Any = accepted("service", told(services["service"], "service"))
+    directory = settings.media_url.removeprefix("file://")
+    assert f"media:{directory}" in services["service"]["volumes"]
+    assert f"media:{directory}:ro" in services["worker"]["volumes"]
+    assert f"--group=prism /cache {directory}" in stage("base")
+
+
+def test_grace_is_longer_than_the_longest_job(compose: Compose) -> None:
+    """`docker compose stop` lets running jobs end."""
+    services = compose()
+    front_end: Any = accepted("service", told(services["service"], "service"))
+    worker: Any = accepted("worker", told(services["worker"], "worker"))
+    assert worker.grace_s >= front_end.max_deadline_s
+    assert seconds(services["worker"]["stop_grace_period"]) >= worker.grace_s + 10
+    assert seconds(services["service"]["stop_grace_period"]) >= front_end.grace_s + 10
+
+
+def test_the_broker_keeps_accepted_jobs(compose: Compose) -> None:
+    """Written to disk on a volume, and nothing is evicted."""
+    broker = compose()["broker"]
+    command = broker["command"]
+    assert command[command.index("--appendonly") + 1] == "yes"
+    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
+    assert "broker:/data" in broker["volumes"]
+
+
+def test_prometheus_scrapes_the_ports_that_are_served(compose: Compose) -> None:
+    """By the services' names, on the metrics ports of the images."""
+    config = yaml.safe_load((ROOT / "monitoring/prometheus.yml").read_text())
+    scraped = {
+        (found["names"][0], found["port"])
+        for job in config["scrape_configs"]
+        for found in job["dns_sd_configs"]
+    }
+    ports = {
+        "service": int(image_environment("service")["PRISM_METRICS_PORT"]),
+        "worker": int(image_environment("worker")["PRISM_WORKER_METRICS_PORT"]),
+    }
+    assert scraped == set(ports.items())
+    mounts = dict(volume.split(":")[:2] for volume in compose()["prometheus"]["volumes"])
+    for name in ("prometheus.yml", *config["rule_files"]):
+        assert mounts[f"./monitoring/{name}"] == f"/etc/prometheus/{name}"
+
+
+def test_volumes_are_declared() -> None:
+    """Each named volume is one of the file's."""
+    body = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    used = {
+        volume.split(":")[0]
+        for service in body["services"].values()
+        for volume in service.get("volumes", ())
+        if not volume.startswith(".")
+    }
+    assert used == set(body["volumes"])
+
+
+def test_the_gpu_override_gives_the_worker_one_gpu(compose: Compose) -> None:
+    """One device, CUDA, and a model that the user must name."""
+    worker = compose(*GPU, PRISM_MODEL="m")["worker"]
+    (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
+    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert worker["environment"]["PRISM_DEVICE"] == "cuda"
+    assert "${PRISM_MODEL:?" in (ROOT / "docker-compose.gpu.yml").read_text()

@@ -1,0 +1,123 @@
+"""The recording and alerting rules: of metrics that exist, each with a runbook entry and a test."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import promql_parser as promql
+import pytest
+import yaml
+
+from monitoring.rules import RESOURCE, RULES, resource
+from service import errors
+from tests.deploy.conftest import (
+    ROOT,
+    TARGET_LABELS,
+    Document,
+    exported,
+    program,
+    recorded,
+    rendered,
+    rules,
+    selectors,
+)
+
+ALERTS = [rule for rule in rules() if "alert" in rule]
+
+
+def rule_name(rule: Document) -> str:
+    return str(rule.get("alert") or rule["record"])
+
+
+@pytest.mark.parametrize("rule", rules(), ids=rule_name)
+def test_a_rule_asks_for_what_is_exported(rule: Document) -> None:
+    """Every metric is one that the code exports or a rule records, with labels that it has."""
+    found = selectors(rule["expr"])
+    assert found
+    for each in found:
+        assert each.name in exported().keys() | recorded(), each.name
+        if each.name in exported():
+            assert each.labels <= exported()[each.name] | TARGET_LABELS
+
+
+def test_refusals_are_asked_for_by_reasons_that_exist() -> None:
+    """A rule that names a refusal's reason names the slug of an error."""
+    slugs = {each.slug for each in vars(errors).values() if isinstance(each, type) and hasattr(each, "slug")}
+    reasons = {
+        each.values["reason"]
+        for rule in rules()
+        for each in selectors(rule["expr"])
+        if "reason" in each.labels
+    }
+    assert reasons
+    assert reasons <= slugs
+
+
+def test_records_are_named_by_level_metric_and_operation() -> None:
+    """As Prometheus advises: `level:metric:operations`."""
+    assert all(re.fullmatch(r"prismprune:[a-z_]+:[a-z0-9_]+", name) for name in recorded())
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=rule_name)
+def test_an_alert_says_what_to_do(rule: Document) -> None:
+    """Severity, summary, description, and an entry of its own in the runbook."""
+    assert rule["labels"]["severity"] in ("page", "warn")
+    assert set(rule["annotations"]) == {"summary", "description", "runbook"}
+    page, _, anchor = rule["annotations"]["runbook"].partition("#")
+    assert anchor == rule["alert"].lower()
+    assert f"\n### {rule['alert']}\n" in (ROOT / page).read_text()
+
+
+def test_the_runbook_knows_no_other_alerts() -> None:
+    """An entry whose alert is gone misleads."""
+    headings = re.findall(r"^### (PrismPrune\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    assert sorted(headings) == sorted(rule["alert"] for rule in ALERTS)
+
+
+@pytest.mark.parametrize("rule", ALERTS, ids=rule_name)
+def test_an_alert_is_shown_to_fire_and_not_to(rule: Document) -> None:
+    """`rules_test.yml` has a case of each, whether or not promtool is here to run them."""
+    tests = yaml.safe_load((ROOT / "monitoring/rules_test.yml").read_text())["tests"]
+    cases = [case for test in tests for case in test["alert_rule_test"] if case["alertname"] == rule["alert"]]
+    assert any(case["exp_alerts"] for case in cases)
+    assert any(not case["exp_alerts"] for case in cases)
+
+
+def test_the_operators_resource_holds_the_same_rules() -> None:
+    """`python -m monitoring.rules` was run after the last change, and the overlay carries the result."""
+    assert RESOURCE.read_text() == resource()
+    (carried,) = (each for each in rendered("gpu") if each["kind"] == "PrometheusRule")
+    assert carried["spec"]["groups"] == yaml.safe_load(RULES.read_text())["groups"]
+
+
+def test_autoscaling_counts_waiting_and_running_jobs() -> None:
+    """A busy worker is not scaled away; each model's trigger counts that model's jobs alone."""
+    deployments = {each["metadata"]["name"]: each for each in rendered("gpu") if each["kind"] == "Deployment"}
+    scaled = [each["spec"] for each in rendered("gpu") if each["kind"] == "ScaledObject"]
+    workers = {name for name in deployments if name.startswith("worker-")}
+    assert len(workers) > 1
+    assert {each["scaleTargetRef"]["name"] for each in scaled} == workers
+    for each in scaled:
+        container = deployments[each["scaleTargetRef"]["name"]]["spec"]["template"]["spec"]["containers"][0]
+        (model,) = (entry["value"] for entry in container["env"] if entry["name"] == "PRISM_MODEL")
+        (trigger,) = each["triggers"]
+        found = selectors(trigger["metadata"]["query"])
+        assert {each.name for each in found} == {"prismprune_queue_depth", "prismprune_jobs_running"}
+        assert all(each.values == {"model": model} for each in found)
+        assert isinstance(promql.parse(trigger["metadata"]["query"]), promql.BinaryExpr)
+        assert each["minReplicaCount"] >= 1
+
+
+def test_promtool_accepts_the_configuration() -> None:
+    """Prometheus itself would start with it."""
+    command = [program("promtool"), "check", "config", "monitoring/prometheus.yml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_promtool_sees_every_alert_fire_and_rest() -> None:
+    """The unit tests of the rules."""
+    command = [program("promtool"), "test", "rules", "monitoring/rules_test.yml"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
