@@ -7,13 +7,15 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Header
+from fastapi.sse import EventSourceResponse
 from starlette.requests import Request  # noqa: TC002 (fastapi reads the annotations at run time)
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from service.body import answer_request
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
-from service.errors import InvalidRequestError, UnknownJobError, UnsupportedError, problem_details
-from service.ids import is_id, new_id
+from service.errors import InvalidRequestError, problem_details
+from service.events import EVENT_STREAM, HEADERS, sent, unless_hung_up, waited_for
+from service.ids import new_id
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import answer_body, problems
 from service.schemas import JobView
@@ -38,6 +40,7 @@ POLL_AFTER_S = 1
     summary="Ask about an image, several images or a video",
     response_model=AnswerResult,
     responses={
+        200: {"content": EVENT_STREAM, "description": "The answer; with `stream`, server-sent events."},
         202: {"model": JobView, "description": "Accepted; poll the `Location`."},
         **problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
     },
@@ -51,12 +54,27 @@ async def answer(
     idempotency_key: Annotated[
         str | None, Header(description="The same key, fields and media: the same job, for 24 h.")
     ] = None,
-) -> JSONResponse:
-    """Waits for the answer, at most `timeout_s`; then, or at once with `Prefer: respond-async`, 202."""
+) -> Response:
+    """Waits for the answer, at most `timeout_s`; then, or at once with `Prefer: respond-async`, 202.
+
+    With `stream: true` the job's events as they happen, its result in the last. A caller who hangs up cancels
+    the job, unless it sent an `Idempotency-Key` or `respond-async`.
+    """
     at_once = "respond-async" in {each.strip().lower() for each in prefer.split(",")}
     with here.metrics.counting_rejections():
-        record, timeout_s = await _accept(request, here, caller, idempotency_key)
-    record = await here.jobs.wait(record, 0 if at_once else timeout_s)
+        async with answer_request(request) as asked:
+            record = await accept(request, here, caller, asked, key=idempotency_key, followed=at_once)
+            timeout_s, stream = asked.timeout_s, asked.stream
+    if stream:
+        events = sent(here, record)
+        kept = events if at_once or idempotency_key else unless_hung_up(here, record, events)
+        return EventSourceResponse(kept, headers={"Location": f"/v1/jobs/{record.id}", **HEADERS})
+    if not at_once:
+        wait_s = here.settings.timeout_s if timeout_s is None else timeout_s
+        wait = (
+            here.jobs.wait(record, wait_s) if idempotency_key else waited_for(request, here, record, wait_s)
+        )
+        record = await wait
     if record.state.terminal:
         return JSONResponse(record.outcome())
     headers = {"Location": f"/v1/jobs/{record.id}", "Retry-After": str(POLL_AFTER_S)}
@@ -73,35 +91,36 @@ async def answer(
 )
 async def read_job(job_id: str, here: Here, caller: CallerHere) -> JSONResponse:
     """200 for every known job, also a failed one, with its problem. Known for 24 h after its end."""
-    return JSONResponse(_view(await _known(job_id, here, caller), here))
+    return JSONResponse(_view(await here.jobs.known(job_id, caller.owner), here))
 
 
-async def _known(job_id: str, here: Context, caller: Caller) -> JobRecord:
-    """The caller's own job. Raises `UnknownJobError`, for another's too."""
-    record = await here.jobs.read(job_id) if is_id("job", job_id) else None
-    if record is None or record.owner != caller.owner:
-        raise UnknownJobError("There is no job of this id, or its 24 hours are over.")
-    return record
+@router.delete(
+    "/v1/jobs/{job_id}",
+    summary="Cancel a job",
+    response_model=JobView,
+    responses=problems(401, 404, 503),
+)
+async def cancel_job(job_id: str, here: Here, caller: CallerHere) -> JSONResponse:
+    """The job as it stands then: canceled, also while it is being answered, or as it had ended before."""
+    record = await here.jobs.known(job_id, caller.owner)
+    return JSONResponse(_view(await here.jobs.cancel(record), here))
 
 
-async def _accept(
-    request: Request, here: Context, caller: Caller, key: str | None
-) -> tuple[JobRecord, float]:
-    """The accepted job, or the one that `key` stands for, and how long the caller waits for it.
+async def accept(
+    request: Request, here: Context, caller: Caller, asked: AnswerRequest, *, key: str | None, followed: bool
+) -> JobRecord:
+    """The accepted job, or the one that the idempotency `key` stands for.
 
-    The request's body is out of memory when this returns: many callers wait for long.
+    followed: somebody may read its events, though not over this connection.
     """
-    async with answer_request(request) as asked:
-        _check_limits(asked, here.settings)
-        async with here.media.intake(asked, caller) as intakes:
-            job = _job(asked, intakes, here.settings, request.state.request_id)
-            same = _fingerprint(request.url.path, asked, intakes)
-            async with here.idempotency.once(caller.owner, key, same, job.id) as existing:
-                if existing is not None:
-                    record = await _known(existing, here, caller)
-                else:
-                    record = await _enter(job, intakes, here, caller)
-        return record, here.settings.timeout_s if asked.timeout_s is None else asked.timeout_s
+    _check_limits(asked, here.settings)
+    async with here.media.intake(asked, caller) as intakes:
+        job = _job(asked, intakes, here.settings, request.state.request_id, stream=asked.stream or followed)
+        same = _fingerprint(request.url.path, asked, intakes)
+        async with here.idempotency.once(caller.owner, key, same, job.id) as existing:
+            if existing is not None:
+                return await here.jobs.known(existing, caller.owner)
+            return await _enter(job, intakes, here, caller)
 
 
 async def _enter(job: AnswerJob, intakes: tuple[Intake, ...], here: Context, caller: Caller) -> JobRecord:
@@ -122,8 +141,6 @@ def _fingerprint(route: str, asked: AnswerRequest, intakes: tuple[Intake, ...]) 
 
 def _check_limits(asked: AnswerRequest, settings: ServiceSettings) -> None:
     """What the operator may set; the contract's own ranges are checked already."""
-    if asked.stream:
-        raise UnsupportedError("stream: server-sent events are not served yet; leave it out or send false.")
     for field, value, limit in (
         ("questions", len(asked.all_questions), settings.max_questions),
         ("max_new_tokens", asked.max_new_tokens, settings.max_new_tokens),
@@ -136,7 +153,12 @@ def _check_limits(asked: AnswerRequest, settings: ServiceSettings) -> None:
 
 
 def _job(
-    asked: AnswerRequest, intakes: tuple[Intake, ...], settings: ServiceSettings, request_id: str
+    asked: AnswerRequest,
+    intakes: tuple[Intake, ...],
+    settings: ServiceSettings,
+    request_id: str,
+    *,
+    stream: bool,
 ) -> AnswerJob:
     now = time.time()
     return AnswerJob(
@@ -153,6 +175,7 @@ def _job(
         generation=asked.generation,
         sampling=asked.sampling,
         include=asked.include,
+        stream=stream,
         created_at=now,
         deadline_at=now + (settings.deadline_s if asked.deadline_s is None else asked.deadline_s),
     )

@@ -11,7 +11,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from service import answer, errors, health, metrics, openapi, uploads
+from service import answer, chat, errors, events, health, metrics, models, openapi, uploads
 from service.admission import Admission
 from service.broker import Durability
 from service.context import Context
@@ -69,7 +69,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     app.add_middleware(HttpMetrics, metrics=counted)
     app.add_middleware(RequestId)
     errors.install(app, settings.problem_base_url)
-    for router in (answer.router, uploads.router, health.router):
+    for router in (answer.router, events.router, chat.router, models.router, uploads.router, health.router):
         app.include_router(router)
     if not settings.metrics_port:
         app.include_router(metrics.router)

@@ -59,14 +59,19 @@ async def answer_request(request: Request) -> AsyncIterator[AnswerRequest]:
         raise UnsupportedMediaError("Send the body as application/json or multipart/form-data.")
 
 
-async def _from_json(request: Request) -> AnswerRequest:
+async def json_body(request: Request) -> bytearray:
+    """The bytes of the body; `request.body()` would keep them for as long as the caller waits."""
     body = bytearray()
-    async for chunk in request.stream():  # `request.body()` would keep it for as long as the caller waits
+    async for chunk in request.stream():
         body += chunk
+    return body
+
+
+async def _from_json(request: Request) -> AnswerRequest:
     try:
-        return AnswerRequest.model_validate_json(body)
+        return AnswerRequest.model_validate_json(await json_body(request))
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
 @asynccontextmanager
@@ -99,7 +104,7 @@ def _from_form(form: FormData) -> AnswerRequest:
     try:
         return AnswerRequest.model_validate(fields)
     except ValidationError as error:
-        raise _refusal(error) from None
+        raise refusal(error) from None
 
 
 def _form_value(name: str, value: str | UploadFile) -> Any:
@@ -112,7 +117,8 @@ def _form_value(name: str, value: str | UploadFile) -> Any:
         return value
 
 
-def _refusal(error: ValidationError) -> ServiceError:
+def refusal(error: ValidationError) -> ServiceError:
+    """The error that names the fields at fault."""
     details = error.errors(include_url=False, include_input=False)
     first = details[0]
     if first["type"] == "json_invalid":

@@ -81,14 +81,6 @@ class UnknownMethodError(InvalidRequestError):
     title = "Unknown method"
 
 
-class UnsupportedError(ServiceError):
-    """Part of the contract, but not of this version."""
-
-    slug = "unsupported"
-    status = 422
-    title = "Not supported yet"
-
-
 class UrlNotAllowedError(ServiceError):
     """Media by URL, from a domain that the operator does not allow."""
 
@@ -208,6 +200,22 @@ class UnknownJobError(ServiceError):
     slug = "unknown-job"
     status = 404
     title = "Unknown job"
+
+
+class DeadlineError(ServiceError):
+    """A wait that may not end as 202 has run out."""
+
+    slug = "deadline-exceeded"
+    status = 504
+    title = "Deadline exceeded"
+
+
+class CallerGoneError(ServiceError):
+    """The caller hung up before the answer: nobody reads this, but logs and metrics count it."""
+
+    slug = "caller-gone"
+    status = 499
+    title = "Caller gone"
 
 
 class BrokerAwayError(ServiceError):

@@ -15,19 +15,26 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import RedisError
 
-from service.errors import BrokerAwayError, JobEndedError
+from service.errors import BrokerAwayError, JobEndedError, UnknownJobError
+from service.ids import is_id
 from worker.contract import (
+    CANCEL_CHANNEL,
     RESULT_TTL_S,
     TASK_ANSWER,
+    EndedData,
+    EventName,
+    JobEvent,
     JobState,
     Problem,
+    events_channel,
+    events_key,
     job_key,
     open_jobs_key,
     queue_name,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 
     from redis.asyncio import Redis
 
@@ -40,6 +47,11 @@ logger = logging.getLogger(__name__)
 LOOK_AGAIN_S = 5.0
 """A waiter looks this often even if nothing wakes it: a half-open connection delivers no message."""
 PUBLISHERS = 8
+START = "0-0"
+"""Before a stream's first entry."""
+EVENTS_AT_ONCE = 256
+LEAST_PAUSE_S, MOST_PAUSE_S = 0.03, 0.5
+"""Between two looks at a stream: pieces of text wake nobody, changes of state do."""
 
 _ENDED_WITHOUT_ERROR = {
     JobState.FAILED: Problem(
@@ -63,6 +75,7 @@ class JobRecord:
 
     id: str
     owner: str
+    model: str
     request_id: str
     state: JobState
     created_at: float
@@ -78,6 +91,7 @@ class JobRecord:
         return cls(
             id=job_id,
             owner=fields.get("owner", ""),
+            model=fields.get("model", ""),
             request_id=fields.get("request_id", ""),
             state=state,
             created_at=float(fields["created_at"]),
@@ -138,6 +152,37 @@ def producer(broker_url: str, timeout_s: float) -> Celery:
     return app
 
 
+# KEYS: job, open jobs of its model, its stream. ARGV: now, seconds to keep it, its channel, `JobEvent`, its
+# id, `EndedData`, channel of cancellations, event. Returns the state that stands then, nothing if unknown.
+_CANCEL = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if state ~= 'queued' and state ~= 'running' then return state end
+redis.call('HSET', KEYS[1], 'state', 'canceled', 'finished_at', ARGV[1])
+redis.call('HDEL', KEYS[1], 'payload')
+redis.call('EXPIRE', KEYS[1], ARGV[2])
+redis.call('ZREM', KEYS[2], ARGV[5])
+redis.call('XADD', KEYS[3], '*', 'event', ARGV[8], 'data', ARGV[6])
+redis.call('EXPIRE', KEYS[3], ARGV[2])
+redis.call('PUBLISH', ARGV[3], ARGV[4])
+redis.call('PUBLISH', ARGV[7], ARGV[5])
+return 'canceled'
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """An entry of the job's stream: its id, by which a reader goes on, and what happened."""
+
+    id: str
+    name: EventName
+    data: dict[str, Any]
+
+    @property
+    def ends(self) -> bool:
+        """Whether nothing follows."""
+        return self.name not in (EventName.QUEUED, EventName.STARTED, EventName.TOKEN)
+
+
 class Jobs:
     """The jobs of one broker."""
 
@@ -147,6 +192,8 @@ class Jobs:
         self._timeout_s = settings.broker_timeout_s
         self._producer = producer(settings.broker_url, settings.broker_timeout_s)
         self._publishers = CapacityLimiter(PUBLISHERS)
+        self._cancel = redis.register_script(_CANCEL)
+        self._canceling: set[asyncio.Task[None]] = set()
 
     async def submit(self, job: AnswerJob, owner: str) -> JobRecord:
         """Creates the job's state, then enqueues it.
@@ -158,6 +205,7 @@ class Jobs:
             "created_at": repr(job.created_at),
             "request_id": job.request_id,
             "owner": owner,
+            "model": job.model,
             "payload": job.model_dump_json(),  # sent again by a worker where the queue lost it
         }
         ttl_s = RESULT_TTL_S + int(job.deadline_at - job.created_at)
@@ -166,6 +214,8 @@ class Jobs:
                 pipe.hset(job_key(job.id), mapping=fields)
                 pipe.expire(job_key(job.id), ttl_s)
                 pipe.zadd(open_jobs_key(job.model), {job.id: job.created_at})
+                pipe.xadd(events_key(job.id), {"event": EventName.QUEUED, "data": "{}"})
+                pipe.expire(events_key(job.id), ttl_s)
                 await pipe.execute()
             await to_thread.run_sync(self._enqueue, job, abandon_on_cancel=True, limiter=self._publishers)
         return JobRecord.parse(job.id, fields)
@@ -185,6 +235,13 @@ class Jobs:
             fields: dict[str, str] = await self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]  # decoded
         return JobRecord.parse(job_id, fields) if fields else None
 
+    async def known(self, job_id: str, owner: str) -> JobRecord:
+        """The owner's own job. Raises `UnknownJobError`, for another's too, and `BrokerAwayError`."""
+        record = await self.read(job_id) if is_id("job", job_id) else None
+        if record is None or record.owner != owner:
+            raise UnknownJobError("There is no job of this id, or its 24 hours are over.")
+        return record
+
     async def wait(self, record: JobRecord, timeout_s: float) -> JobRecord:
         """The job once it has ended, or as it stands after `timeout_s`; raises nothing."""
         if record.state.terminal or timeout_s == 0:
@@ -194,10 +251,77 @@ class Jobs:
             while not record.state.terminal and (left := wait_until - time.monotonic()) > 0:
                 await _wait(changed, min(left, LOOK_AGAIN_S))
                 changed.clear()
-                record = await self._look(record)
+                record = await self.look(record)
         return record
 
-    async def _look(self, last: JobRecord) -> JobRecord:
+    async def cancel(self, record: JobRecord) -> JobRecord:
+        """Ends the job unless it has ended, and tells its worker; the job as it stands then.
+
+        Raises `BrokerAwayError`.
+        """
+        now = time.time()
+        event = JobEvent(state=JobState.CANCELED, at=now).model_dump_json()
+        ended = EndedData(id=record.id, state=JobState.CANCELED).model_dump_json()
+        keys = [job_key(record.id), open_jobs_key(record.model), events_key(record.id)]
+        args: list[str | int | float] = [
+            now,
+            RESULT_TTL_S,
+            events_channel(record.id),
+            event,
+            record.id,
+            ended,
+        ]
+        async with broker_within(self._timeout_s):
+            await self._cancel(keys=keys, args=[*args, CANCEL_CHANNEL, EventName.CANCELED])
+        return await self.read(record.id) or record
+
+    def cancel_soon(self, record: JobRecord) -> None:
+        """As `cancel`, for a caller that hung up: nobody waits for it, and nothing stops it."""
+        task = asyncio.get_running_loop().create_task(self._cancel_quietly(record))
+        self._canceling.add(task)
+        task.add_done_callback(self._canceling.discard)
+
+    async def _cancel_quietly(self, record: JobRecord) -> None:
+        try:
+            await self.cancel(record)
+        except BrokerAwayError:
+            logger.warning("job %s goes on: the broker is away, and its caller too", record.id)
+
+    async def follow(self, record: JobRecord, after: str = START) -> AsyncGenerator[Event | None, None]:
+        """The job's events after the entry `after`, to the last; None now and then while nothing happens.
+
+        A broker that is away is waited for. An end that the stream no longer holds is told all the same.
+        """
+        pause_s = LEAST_PAUSE_S
+        async with self._signals.of(record.id) as changed:
+            while True:
+                events = await self._events_after(record.id, after)
+                for event in events:
+                    yield event
+                    if event.ends:
+                        return
+                    after = event.id
+                if not events:
+                    record = await self.look(record)
+                    if record.state.terminal and not await self._events_after(record.id, after):
+                        yield Event(after, EventName.of_end(record.state), {})
+                        return
+                    yield None
+                pause_s = LEAST_PAUSE_S if events else min(2 * pause_s, MOST_PAUSE_S)
+                await _wait(changed, pause_s)
+                changed.clear()
+
+    async def _events_after(self, job_id: str, after: str) -> list[Event]:
+        try:
+            async with broker_within(self._timeout_s):
+                entries: Any = await self._redis.xrange(
+                    events_key(job_id), min=f"({after}", count=EVENTS_AT_ONCE
+                )
+        except BrokerAwayError:
+            return []
+        return [Event(id_, EventName(entry["event"]), json.loads(entry["data"])) for id_, entry in entries]
+
+    async def look(self, last: JobRecord) -> JobRecord:
         """The job as it stands, or as it last stood: it was accepted, and outlasts a broker that is away."""
         try:
             return await self.read(last.id) or last

@@ -6,10 +6,11 @@ from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 from service.examples import answer_examples
-from service.schemas import AnswerRequest, ProblemDetails
+from service.schemas import AnswerRequest, ChatRequest, OpenAIError, ProblemDetails
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+    from pydantic import BaseModel
 
 _REF = "#/components/schemas/{model}"
 _BINARY = {"type": "string", "format": "binary"}
@@ -19,6 +20,12 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers problems with these statuses."""
     problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model=ProblemDetails.__name__)}}}
     return {status: {"content": problem, "description": "Problem"} for status in statuses}
+
+
+def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """As `problems`, for a route whose callers read OpenAI's errors."""
+    error = {"application/json": {"schema": {"$ref": _REF.format(model=OpenAIError.__name__)}}}
+    return {status: {"content": error, "description": "Error"} for status in statuses}
 
 
 def answer_body() -> dict[str, Any]:
@@ -34,16 +41,16 @@ def answer_body() -> dict[str, Any]:
 
 
 def _form() -> dict[str, Any]:
-    schema = _schemas()[AnswerRequest.__name__]
+    schema = _with_parts(AnswerRequest)[AnswerRequest.__name__]
     fields = {name: each for name, each in schema["properties"].items() if name not in ("images", "stream")}
     files = {"image": {"type": "array", "items": _BINARY, "description": "Repeat it for several images."}}
     return {"type": "object", "properties": fields | files | {"video": _BINARY}}
 
 
-def _schemas() -> dict[str, Any]:
-    """The request's models by name."""
-    schema = AnswerRequest.model_json_schema(ref_template=_REF)
-    return {**schema.pop("$defs", {}), AnswerRequest.__name__: schema}
+def _with_parts(model: type[BaseModel]) -> dict[str, Any]:
+    """The schema of `model` and those that it refers to, by name."""
+    schema = model.model_json_schema(ref_template=_REF)
+    return {**schema.pop("$defs", {}), model.__name__: schema}
 
 
 def install(app: FastAPI) -> None:
@@ -53,11 +60,9 @@ def install(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         document = deepcopy(generated())
         schemas = document["components"]["schemas"]
-        for name, schema in (
-            *_schemas().items(),
-            (ProblemDetails.__name__, ProblemDetails.model_json_schema()),
-        ):
-            schemas.setdefault(name, schema)
+        for model in (AnswerRequest, ChatRequest, OpenAIError, ProblemDetails):
+            for name, schema in _with_parts(model).items():
+                schemas.setdefault(name, schema)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # fastapi's documented way to extend the document

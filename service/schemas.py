@@ -134,7 +134,7 @@ class AnswerRequest(Generation):
         float | None, Field(ge=0, description="Bounds the wait of this call: then 202, and the job goes on.")
     ] = None
     deadline_s: Annotated[float | None, Field(gt=0, description="Bounds the job: then it is expired.")] = None
-    stream: Annotated[bool, Field(description="Not yet: true is refused.")] = False
+    stream: Annotated[bool, Field(description="Server-sent events instead of one answer.")] = False
     include: tuple[Literal["token_map"], ...] = ()
 
     @model_validator(mode="after")
@@ -179,3 +179,163 @@ class JobView(BaseModel):
     attempts: int
     result: AnswerResult | None
     error: ProblemDetails | None
+
+
+class OpenAIErrorBody(BaseModel):
+    """`code` is the slug of the problem."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class OpenAIError(BaseModel):
+    """An error as OpenAI's clients read it."""
+
+    error: OpenAIErrorBody
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Url(_Strict):
+    """A data URI, or an https URL of a domain that the operator allows."""
+
+    url: str
+    detail: str | None = None
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImagePart(_Strict):
+    type: Literal["image_url"]
+    image_url: Url
+
+
+class VideoPart(_Strict):
+    type: Literal["video_url"]
+    video_url: Url
+
+
+def _part_type(part: Any) -> str | None:
+    return part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+
+
+Part = Annotated[
+    Annotated[TextPart, Tag("text")]
+    | Annotated[ImagePart, Tag("image_url")]
+    | Annotated[VideoPart, Tag("video_url")],
+    Discriminator(
+        _part_type,
+        custom_error_type="part",
+        custom_error_message="must be of type text, image_url or video_url",
+    ),
+]
+
+
+class Message(_Strict):
+    """One `user` message shows media and asks; `system` and `developer` messages may come before it."""
+
+    role: Literal["system", "developer", "user"]
+    content: str | tuple[Part, ...]
+    name: str | None = None
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        if isinstance(self.content, str):
+            return (TextPart(type="text", text=self.content),)
+        return self.content
+
+    @property
+    def text(self) -> str:
+        return "\n".join(part.text for part in self.parts if isinstance(part, TextPart))
+
+
+class StreamOptions(_Strict):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text"]
+
+
+class ChatRequest(_Strict):
+    """OpenAI's request as far as it means something here; the three last are this service's own.
+
+    What has no effect is taken where it asks for nothing, and refused where it asks for something.
+    """
+
+    model: Annotated[str, Field(max_length=256)]
+    messages: Annotated[tuple[Message, ...], Field(min_length=1, max_length=64)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2, description="0, the likeliest, if absent.")] = None
+    top_p: Annotated[float | None, Field(gt=0, le=1)] = None
+    stop: str | tuple[str, ...] | None = None
+    seed: int | None = None
+    n: Literal[1] | None = 1
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    frequency_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
+    presence_penalty: Annotated[float | None, Field(ge=0, le=0)] = None
+    logprobs: Literal[False] | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    token_budget: Annotated[Any, Field(description='Visual tokens of the whole request, or "all".')] = None
+    keep_ratio: Annotated[Any, Field(description="The budget as a part of the visual tokens.")] = None
+    method: Annotated[Any, Field(description="How the visual tokens are chosen.")] = None
+
+    @model_validator(mode="after")
+    def _one_turn(self) -> Self:
+        *before, last = self.messages
+        if last.role != "user" or any(message.role == "user" for message in before):
+            raise PydanticCustomError(
+                "messages",
+                "messages: system messages, then one user message; earlier turns are not supported",
+            )
+        kinds = [part.type for part in last.parts]
+        if kinds.count("video_url") > ("image_url" not in kinds):
+            raise PydanticCustomError("messages", "messages: several images or one video")
+        return self
+
+    def asked(self) -> AnswerRequest:
+        """The same in this service's own words. Raises `ValidationError`."""
+        *before, last = self.messages
+        fields = {
+            "model": self.model,
+            "question": last.text,
+            "system": "\n".join(message.text for message in before) or None,
+            **_media(last),
+            "max_new_tokens": self.max_completion_tokens or self.max_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "stop": (self.stop,) if isinstance(self.stop, str) else self.stop,
+            "stream": self.stream,
+            "token_budget": self.token_budget,
+            "keep_ratio": self.keep_ratio,
+            "method": self.method,
+        }
+        return AnswerRequest.model_validate({name: each for name, each in fields.items() if each is not None})
+
+
+def _media(message: Message) -> dict[str, Any]:
+    images = tuple(_source(part.image_url) for part in message.parts if isinstance(part, ImagePart))
+    videos = tuple(_source(part.video_url) for part in message.parts if isinstance(part, VideoPart))
+    if videos:
+        return {"video": videos[0]}
+    return {"image": images[0]} if len(images) == 1 else {"images": images or None}
+
+
+def _source(link: Url) -> str | dict[str, str]:
+    return link.url if link.url[:5].lower() == "data:" else {"url": link.url}

@@ -25,17 +25,22 @@ from worker.contract import (
     AnswerItem,
     AnswerJob,
     AnswerResult,
+    EndedData,
+    EventName,
     JobEvent,
     JobState,
     Memory,
     Problem,
     PromptTokensDetails,
+    StartedData,
     Timings,
+    TokenData,
     TokenMapPart,
     Usage,
     VisualTokens,
     WorkerStatus,
     events_channel,
+    events_key,
     job_key,
     media_path,
     queue_name,
@@ -46,6 +51,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from kombu.message import Message
+    from pydantic import BaseModel
 
 MODEL = "prism-demo"
 USAGE = Usage(
@@ -80,7 +86,8 @@ def question(**fields: Any) -> dict[str, Any]:
 class StandInWorker(threading.Thread):
     """Takes jobs off the real queue and ends them as the contract says; a question may ask for more.
 
-    "for ever" runs until `release` is set; the media are really read and decoded.
+    "for ever" runs until `release` is set; "stream" is answered letter by letter, "again" loses its worker
+    after two letters; the media are really read and decoded. A canceled job is left as it is.
     """
 
     def __init__(self, broker_url: str, media: Path) -> None:
@@ -145,9 +152,20 @@ class StandInWorker(threading.Thread):
         self.messages.append(message.headers)
         self.jobs.append(job)
         self._publish(job, JobState.RUNNING, {"started_at": time.time(), "attempts": 1})
+        for text, attempt in {"stream": [("red", 1)], "again": [("re", 1), ("red", 2)]}.get(
+            job.questions[0], ()
+        ):
+            self._tell(job, EventName.STARTED, StartedData(attempt=attempt))
+            for letter in text:
+                self._tell(job, EventName.TOKEN, TokenData(question=0, text=letter))
         return job
 
+    def _tell(self, job: AnswerJob, event: EventName, data: BaseModel) -> None:
+        self._redis.xadd(events_key(job.id), {"event": event, "data": data.model_dump_json()})
+
     def _end(self, job: AnswerJob) -> None:
+        if self._redis.hget(job_key(job.id), "state") == JobState.CANCELED:
+            return
         error = self._undecodable(job)
         if job.questions[0] == "expire":
             self._publish(job, JobState.EXPIRED, {"finished_at": time.time()})
@@ -176,6 +194,8 @@ class StandInWorker(threading.Thread):
             pipe.hset(job_key(job.id), mapping={"state": state.value, **fields})
             pipe.publish(events_channel(job.id), JobEvent(state=state, at=time.time()).model_dump_json())
             pipe.execute()
+        if state.terminal:
+            self._tell(job, EventName.of_end(state), EndedData(id=job.id, state=state))
 
 
 def result(job: AnswerJob) -> AnswerResult:

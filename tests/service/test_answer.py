@@ -241,10 +241,11 @@ async def test_an_unknown_job_is_404(client: httpx.AsyncClient, redis: Redis, ot
 async def test_jobs_do_not_stay_for_ever(
     client: httpx.AsyncClient, worker: StandInWorker, redis: Redis
 ) -> None:
-    """A job that no worker ever takes leaves Redis by itself."""
+    """A job that no worker ever takes leaves Redis by itself, with its events."""
     await client.post("/v1/answer", json=question(), headers={"Prefer": "respond-async"})
-    (key,) = redis.keys(job_key("*"))
-    assert 24 * 3600 <= redis.ttl(key) <= 25 * 3600
+    keys = redis.keys(job_key("*"))
+    assert len(keys) == 2  # the job and its events
+    assert all(24 * 3600 <= redis.ttl(key) <= 25 * 3600 for key in keys)
 
 
 async def test_neither_question_nor_media_are_in_the_headers_of_the_queue(

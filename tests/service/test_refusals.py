@@ -110,7 +110,7 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"deadline_s": 0}, 422, "invalid-request", "deadline_s"),
     ({"deadline_s": 3601}, 422, "invalid-request", "deadline_s: at most 3600"),
     ({"include": ["everything"]}, 422, "invalid-request", "include.0"),
-    ({"stream": True}, 422, "unsupported", "stream: server-sent events are not served yet"),
+    ({"stream": "yes"}, 422, "invalid-request", "stream: Input should be a valid boolean"),
     ({"model": "other"}, 404, "unknown-model", "served here: prism-demo"),
 ]
 

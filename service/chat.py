@@ -1,0 +1,142 @@
+"""`POST /v1/chat/completions`: OpenAI's shapes around the same job, so that their clients work unchanged."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from fastapi import APIRouter
+from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
+from pydantic import ValidationError
+from starlette.requests import Request  # noqa: TC002 (fastapi reads the annotations at run time)
+from starlette.responses import JSONResponse, Response
+
+from service.answer import accept
+from service.body import json_body, refusal
+from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
+from service.errors import DeadlineError, openai_error
+from service.events import HEADERS, unless_hung_up, waited_for
+from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
+from service.openapi import openai_problems
+from service.schemas import ChatRequest
+from worker.contract import EventName, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator, Iterator
+
+    from service.context import Context
+    from service.jobs import JobRecord
+
+router = APIRouter(tags=["openai"])
+DONE = format_sse_event(data_str="[DONE]")
+SAID_OTHERWISE = Problem(
+    slug="answer-changed",
+    status=503,
+    title="Answer changed",
+    detail="The worker was lost while it answered, and the next one's answer began otherwise; ask again.",
+)
+"""Only where the temperature is not 0: what was sent cannot be taken back."""
+
+
+@router.post(
+    "/v1/chat/completions",
+    summary="As OpenAI's clients ask, with token_budget beside",
+    response_class=JSONResponse,
+    responses=openai_problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+    openapi_extra={
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
+        }
+    },
+)
+async def complete(request: Request, here: Here, caller: CallerHere) -> Response:
+    """An answer, or with `stream` its text as it comes. A caller who hangs up cancels the job.
+
+    `prismprune` in the reply says what was kept and what it cost.
+    """
+    with here.metrics.counting_rejections():
+        chat = await _chat(request)
+        try:
+            asked = chat.asked()
+        except ValidationError as error:
+            raise refusal(error) from None
+        key = request.headers.get("idempotency-key")
+        record = await accept(request, here, caller, asked, key=key, followed=False)
+    del asked  # its media, while the caller waits
+    if chat.stream:
+        chunks = _chunks(here, record, chat)
+        return EventSourceResponse(unless_hung_up(here, record, chunks), headers=HEADERS)
+    record = await waited_for(request, here, record, here.settings.timeout_s)
+    if not record.state.terminal:
+        await here.jobs.cancel(record)
+        raise DeadlineError(f"No answer within {here.settings.timeout_s:g} s; the job was canceled.")
+    return JSONResponse(_completion(record, record.outcome(), chat.model))
+
+
+async def _chat(request: Request) -> ChatRequest:
+    try:
+        return ChatRequest.model_validate_json(await json_body(request))
+    except ValidationError as error:
+        raise refusal(error) from None
+
+
+def _completion(record: JobRecord, result: dict[str, Any], model: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": result["answer"], "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": result["finish_reason"]}
+    return _head(record, model, "chat.completion") | {
+        "choices": [choice],
+        "usage": result["usage"],
+        "prismprune": _own(result),
+    }
+
+
+def _head(record: JobRecord, model: str, kind: str) -> dict[str, Any]:
+    return {"id": record.id, "object": kind, "created": int(record.created_at), "model": model}
+
+
+def _own(result: dict[str, Any]) -> dict[str, Any]:
+    return {name: result[name] for name in ("visual_tokens", "timings", "memory", "warnings")}
+
+
+async def _chunks(here: Context, record: JobRecord, chat: ChatRequest) -> AsyncGenerator[bytes, None]:
+    """The answer as OpenAI streams it. A job that runs again says the same words: new ones are sent on."""
+    head = _head(record, chat.model, "chat.completion.chunk")
+    yield _event(_chunk(head, {"role": "assistant", "content": ""}))
+    said = heard = ""
+    async for event in here.jobs.follow(record):
+        if event is None:
+            yield KEEPALIVE_COMMENT
+        elif event.name is EventName.STARTED:
+            heard = ""
+        elif event.name is EventName.TOKEN:
+            heard += event.data["text"]
+            if heard.startswith(said) and heard != said:
+                yield _event(_chunk(head, {"content": heard[len(said) :]}))
+                said = heard
+        elif event.ends:
+            for piece in _ending(await here.jobs.look(record), head, chat, said):
+                yield _event(piece)
+    yield DONE
+
+
+def _ending(ended: JobRecord, head: dict[str, Any], chat: ChatRequest, said: str) -> Iterator[dict[str, Any]]:
+    """What is left of the text, why it ended, and the usage if it was asked for; or the error."""
+    result, problem = ended.result, ended.error
+    if result is None or not result["answer"].startswith(said):
+        yield openai_error(SAID_OTHERWISE if problem is None else problem)
+        return
+    if rest := result["answer"][len(said) :]:
+        yield _chunk(head, {"content": rest})
+    yield _chunk(head, {}, result["finish_reason"]) | {"prismprune": _own(result)}
+    if chat.stream_options is not None and chat.stream_options.include_usage:
+        yield head | {"choices": [], "usage": result["usage"]}
+
+
+def _chunk(head: dict[str, Any], delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    return head | {"choices": [choice]}
+
+
+def _event(content: dict[str, Any]) -> bytes:
+    return format_sse_event(data_str=json.dumps(content))

@@ -1,0 +1,204 @@
+"""OpenAI's own client against a front end on a real port, with a stand-in for the worker."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+import uvicorn
+
+from service.app import create_app
+from service.keys import new_key
+from tests.service.conftest import data_uri, png
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable
+
+    from redis import Redis
+
+    from service.settings import ServiceSettings
+    from tests.service.conftest import StandInWorker
+
+MODEL = "prism-demo"
+
+
+@asynccontextmanager
+async def listening(settings: ServiceSettings) -> AsyncIterator[int]:
+    """A front end on a port of its own, in this process."""
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="warning"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110 -- uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        await task
+
+
+@pytest.fixture
+async def api(
+    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+) -> AsyncIterator[openai.AsyncOpenAI]:
+    """The official client, unchanged."""
+    del worker
+    async with listening(make_settings()) as port, client(port) as official:
+        yield official
+
+
+def client(port: int, key: str = "none") -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0, timeout=60)
+
+
+def messages(*urls: str, text: str = "What color is it?", kind: str = "image_url") -> list[Any]:
+    media = [{"type": kind, kind: {"url": url}} for url in urls or (data_uri(png()),)]
+    return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+
+
+async def test_an_image_is_asked_about_with_a_budget(api: openai.AsyncOpenAI, worker: StandInWorker) -> None:
+    """The answer, its usage, and what was kept beside it; the budget reaches the job."""
+    reply = await api.chat.completions.create(
+        model=MODEL, messages=messages(), max_tokens=8, temperature=0, extra_body={"token_budget": 64}
+    )
+    assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == ("red", "stop")
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (90, 2)
+    assert reply.model_extra is not None
+    assert reply.model_extra["prismprune"]["visual_tokens"]["kept"] == 64
+    (job,) = worker.jobs
+    assert (job.token_budget, job.generation.max_new_tokens, job.questions) == (64, 8, ("What color is it?",))
+
+
+async def test_system_messages_stop_strings_and_several_images(
+    api: openai.AsyncOpenAI, worker: StandInWorker
+) -> None:
+    """What OpenAI's fields say is what the job asks."""
+    asked = messages(data_uri(png()), data_uri(png(color="blue")))
+    await api.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "system", "content": "Be brief."}, *asked],
+        stop="\n",
+        seed=3,
+        top_p=0.5,
+    )
+    (job,) = worker.jobs
+    assert len(job.media) == 2
+    assert job.generation.model_dump() | {"max_new_tokens": 0} == {
+        "max_new_tokens": 0,
+        "temperature": 0,
+        "top_p": 0.5,
+        "seed": 3,
+        "stop": ("\n",),
+        "system": "Be brief.",
+    }
+
+
+async def test_the_text_is_streamed_with_its_usage(api: openai.AsyncOpenAI, worker: StandInWorker) -> None:
+    """Pieces that spell the answer, the reason of its end, and the usage if it was asked for."""
+    stream = await api.chat.completions.create(
+        model=MODEL,
+        messages=messages(text="stream"),
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = [chunk async for chunk in stream]
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert "".join(pieces) == "red"
+    assert len([piece for piece in pieces if piece]) == 3
+    assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == [
+        "stop"
+    ]
+    assert [chunk.usage.total_tokens for chunk in chunks if chunk.usage] == [92]
+    assert worker.jobs[0].stream
+
+
+async def test_a_job_that_runs_again_says_its_words_once(api: openai.AsyncOpenAI) -> None:
+    """The worker is lost after two letters; the next one begins anew."""
+    stream = await api.chat.completions.create(model=MODEL, messages=messages(text="again"), stream=True)
+    pieces = [chunk.choices[0].delta.content or "" async for chunk in stream]
+    assert "".join(pieces) == "red"
+
+
+async def test_an_error_in_the_middle_of_a_stream_is_raised(api: openai.AsyncOpenAI) -> None:
+    """The client raises what the stream says."""
+    stream = await api.chat.completions.create(model=MODEL, messages=messages(text="expire"), stream=True)
+    with pytest.raises(openai.APIError, match="deadline passed"):
+        _ = [chunk async for chunk in stream]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "code"),
+    [
+        ({"model": "gpt-none"}, openai.NotFoundError, "unknown-model"),
+        (
+            {"messages": [{"role": "user", "content": "No picture?"}]},
+            openai.UnprocessableEntityError,
+            "invalid-request",
+        ),
+        (
+            {"messages": messages("data:image/png;base64,AAAA")},
+            openai.APIStatusError,
+            "unsupported-media-type",
+        ),
+        (
+            {"messages": messages("https://example.org/a.png")},
+            openai.UnprocessableEntityError,
+            "url-not-allowed",
+        ),
+        ({"extra_body": {"token_budget": 0}}, openai.UnprocessableEntityError, "invalid-budget"),
+        ({"extra_body": {"method": "none"}}, openai.UnprocessableEntityError, "unknown-method"),
+        ({"n": 2}, openai.UnprocessableEntityError, "invalid-request"),
+        ({"logprobs": True}, openai.UnprocessableEntityError, "invalid-request"),
+        ({"frequency_penalty": 1.0}, openai.UnprocessableEntityError, "invalid-request"),
+        ({"messages": [*messages(), *messages()]}, openai.UnprocessableEntityError, "invalid-request"),
+        ({"messages": messages(text="expire")}, openai.APIStatusError, "deadline-exceeded"),
+    ],
+)
+async def test_errors_are_openais(
+    api: openai.AsyncOpenAI, changes: dict[str, Any], error: type[openai.APIStatusError], code: str
+) -> None:
+    """The client's own exceptions, with the problem's slug as code."""
+    with pytest.raises(error) as raised:
+        await api.chat.completions.create(**({"model": MODEL, "messages": messages()} | changes))
+    assert raised.value.code == code
+
+
+async def test_a_wait_that_runs_out_ends_the_job(
+    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, redis: Redis
+) -> None:
+    """504, never 202, and nobody goes on working."""
+    async with listening(make_settings(timeout_s=0.2)) as port, client(port) as official:
+        with pytest.raises(openai.InternalServerError) as raised:
+            await official.chat.completions.create(model=MODEL, messages=messages(text="for ever"))
+    assert (raised.value.status_code, raised.value.code) == (504, "deadline-exceeded")
+    (job,) = worker.jobs
+    assert redis.hget(f"prism:job:{job.id}", "state") == "canceled"
+
+
+async def test_a_wrong_key_is_openais_authentication_error(
+    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+) -> None:
+    """And the right one is served."""
+    del worker
+    key, line = new_key("alice")
+    async with listening(make_settings(api_keys=line)) as port:
+        async with client(port, "wrong") as stranger:
+            with pytest.raises(openai.AuthenticationError):
+                await stranger.chat.completions.create(model=MODEL, messages=messages())
+        async with client(port, key) as alice:
+            reply = await alice.chat.completions.create(model=MODEL, messages=messages())
+    assert reply.choices[0].message.content == "red"
+
+
+async def test_models_are_listed_as_openai_does(api: openai.AsyncOpenAI) -> None:
+    """By the client's own calls, with methods and budget beside; an unknown one is its NotFoundError."""
+    (model,) = [model async for model in api.models.list()]
+    assert (model.id, model.object) == (MODEL, "model")
+    assert model.model_extra is not None
+    assert model.model_extra["default_token_budget"] == 64
+    assert (await api.models.retrieve(MODEL)).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        await api.models.retrieve("org/none")

@@ -1,0 +1,216 @@
+"""Jobs as they happen, canceled jobs, and callers who hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from service.jobs import Jobs
+from tests.service.conftest import problem, question, serving
+from tests.service.test_chat import client as openai_client
+from tests.service.test_chat import listening, messages
+from worker.contract import CANCEL_CHANNEL, events_key, open_jobs_key
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from redis import Redis
+
+    from service.settings import ServiceSettings
+    from tests.service.conftest import StandInWorker
+
+Event = tuple[str, Any, str]
+
+
+def parsed(text: str) -> list[Event]:
+    """(event, data, id) of each block that is not a comment."""
+    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
+    fields = [dict(line.split(": ", 1) for line in block.split("\n")) for block in blocks]
+    return [(each["event"], json.loads(each["data"]), each["id"]) for each in fields]
+
+
+async def started(client: httpx.AsyncClient, text: str, **headers: str) -> str:
+    """Id of a job that is on its way."""
+    reply = await client.post(
+        "/v1/answer", json=question(question=text), headers={"Prefer": "respond-async", **headers}
+    )
+    assert reply.status_code == 202
+    return str(reply.json()["id"])
+
+
+async def state_of(redis: Redis, job_id: str, expected: str) -> None:
+    """Waits until the job is in that state."""
+    async with asyncio.timeout(10):
+        while redis.hget(f"prism:job:{job_id}", "state") != expected:  # noqa: ASYNC110 -- it is Redis' state
+            await asyncio.sleep(0.01)
+
+
+async def test_an_answer_is_streamed_from_queue_to_result(client: httpx.AsyncClient) -> None:
+    """Every event in order, the last with the whole result; nothing is to be cached or buffered."""
+    reply = await client.post("/v1/answer", json=question(question="stream", stream=True))
+    assert reply.status_code == 200
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    assert (reply.headers["cache-control"], reply.headers["x-accel-buffering"]) == ("no-cache", "no")
+    events = parsed(reply.text)
+    assert [event for event, _, _ in events] == ["queued", "started", *["token"] * 3, "completed"]
+    assert "".join(data["text"] for event, data, _ in events if event == "token") == "red"
+    assert events[-1][1]["answer"] == "red"
+    assert events[-1][1]["visual_tokens"]["kept"] == 64
+
+
+async def test_a_failure_ends_the_stream_with_its_problem(client: httpx.AsyncClient) -> None:
+    """What a waiting caller would get as a response."""
+    reply = await client.post("/v1/answer", json=question(question="expire", stream=True))
+    event, data, _ = parsed(reply.text)[-1]
+    assert event == "expired"
+    assert (data["status"], data["type"].rsplit("/", 1)[1]) == (504, "deadline-exceeded")
+    assert data["request_id"] == reply.headers["x-request-id"]
+
+
+async def test_a_broken_reader_goes_on_where_it_was(client: httpx.AsyncClient) -> None:
+    """After any event, by its id; also once the job is over."""
+    job_id = await started(client, "stream")
+    whole = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
+    for place, (_, _, event_id) in enumerate(whole[:-1]):
+        rest = await client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": event_id})
+        assert parsed(rest.text) == whole[place + 1 :]
+
+
+async def test_an_end_that_the_stream_lost_is_told_all_the_same(
+    client: httpx.AsyncClient, redis: Redis
+) -> None:
+    """Nobody waits for ever for an event that was trimmed away."""
+    job_id = await started(client, "What?")
+    await state_of(redis, job_id, "succeeded")
+    redis.delete(events_key(job_id))
+    events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
+    assert [(event, data["answer"]) for event, data, _ in events] == [("completed", "red")]
+
+
+async def test_events_of_nothing(client: httpx.AsyncClient) -> None:
+    """An unknown job is 404, an id that is none is 422."""
+    problem(await client.get("/v1/jobs/job_0/events"), 404, "unknown-job")
+    job_id = await started(client, "What?")
+    reply = await client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": "x"})
+    problem(reply, 422, "invalid-request")
+
+
+async def test_a_running_job_is_canceled(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: Redis
+) -> None:
+    """Its worker hears of it, its stream and its index too; a second time changes nothing."""
+    with redis.pubsub(ignore_subscribe_messages=True) as heard:
+        heard.subscribe(CANCEL_CHANNEL)
+        job_id = await started(client, "for ever")
+        await state_of(redis, job_id, "running")
+        reply = await client.delete(f"/v1/jobs/{job_id}")
+        assert (reply.status_code, reply.json()["state"]) == (200, "canceled")
+        assert reply.json()["error"]["type"].endswith("/job-canceled")
+        again = await client.delete(f"/v1/jobs/{job_id}")
+        assert again.json() == reply.json()
+        messages_heard = [heard.get_message(timeout=1) for _ in range(2)]
+    assert [message["data"] for message in messages_heard if message] == [job_id]
+    assert redis.zscore(open_jobs_key("prism-demo"), job_id) is None
+    assert redis.hget(f"prism:job:{job_id}", "payload") is None
+    events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
+    assert events[-1][0] == "canceled"
+    worker.release.set()
+
+
+async def test_a_job_that_has_ended_stays_as_it_ended(client: httpx.AsyncClient, redis: Redis) -> None:
+    """Canceling it answers what became of it."""
+    job_id = await started(client, "What?")
+    await state_of(redis, job_id, "succeeded")
+    reply = await client.delete(f"/v1/jobs/{job_id}")
+    assert (reply.status_code, reply.json()["state"]) == (200, "succeeded")
+
+
+async def test_what_nobody_knows_cannot_be_canceled(client: httpx.AsyncClient) -> None:
+    """404, as for reading it."""
+    problem(await client.delete("/v1/jobs/job_0"), 404, "unknown-job")
+
+
+async def hang_up(port: int, path: str, content: dict[str, Any], **headers: str) -> None:
+    """Asks, and closes the connection after a moment."""
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as caller:
+        with suppress(httpx.ReadTimeout):
+            await caller.post(path, json=content, headers=headers, timeout=httpx.Timeout(10, read=0.5))
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("/v1/answer", question(question="for ever")),
+        ("/v1/answer", question(question="for ever", stream=True)),
+        ("/v1/chat/completions", {"model": "prism-demo", "messages": messages(text="for ever")}),
+        (
+            "/v1/chat/completions",
+            {"model": "prism-demo", "messages": messages(text="for ever"), "stream": True},
+        ),
+    ],
+)
+async def test_a_caller_who_hangs_up_cancels_the_job(
+    make_settings: Callable[..., ServiceSettings],
+    worker: StandInWorker,
+    redis: Redis,
+    path: str,
+    content: dict[str, Any],
+) -> None:
+    """Waiting or streaming, on either route."""
+    async with listening(make_settings()) as port:
+        await hang_up(port, path, content)
+        (job,) = worker.jobs
+        await state_of(redis, job.id, "canceled")
+
+
+@pytest.mark.parametrize("headers", [{"Idempotency-Key": "one"}, {"Prefer": "respond-async"}])
+async def test_whoever_may_come_back_keeps_the_job(
+    make_settings: Callable[..., ServiceSettings],
+    worker: StandInWorker,
+    redis: Redis,
+    headers: dict[str, str],
+) -> None:
+    """With a key to find it again, or without having waited at all."""
+    async with listening(make_settings()) as port:
+        await hang_up(port, "/v1/answer", question(question="for ever"), **headers)
+        await asyncio.sleep(0.3)
+        (job,) = worker.jobs
+        assert redis.hget(f"prism:job:{job.id}", "state") == "running"
+        worker.release.set()
+        await state_of(redis, job.id, "succeeded")
+
+
+async def test_fifty_callers_with_one_key_make_one_job(
+    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+) -> None:
+    """Each gets its answer, or is told that it is being admitted."""
+    async with serving(make_settings()) as client:
+        replies = await asyncio.gather(
+            *(client.post("/v1/answer", json=question(), headers={"Idempotency-Key": "k"}) for _ in range(50))
+        )
+    assert {reply.status_code for reply in replies} <= {200, 409}
+    assert len({reply.json()["id"] for reply in replies if reply.status_code == 200}) == 1
+    assert len(worker.jobs) == 1
+
+
+async def test_a_stream_outlasts_a_broker_that_is_away_for_a_moment(
+    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reader waits, and misses nothing."""
+    after, failures = Jobs._events_after, iter([True] * 3)
+
+    async def sometimes(self: Jobs, job_id: str, entry: str) -> Any:
+        return [] if next(failures, False) else await after(self, job_id, entry)
+
+    monkeypatch.setattr(Jobs, "_events_after", sometimes)
+    del worker
+    async with listening(make_settings()) as port, openai_client(port) as official:
+        stream = await official.chat.completions.create(
+            model="prism-demo", messages=messages(text="stream"), stream=True
+        )
+        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "red"
