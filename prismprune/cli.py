@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from prismprune.media import Clip, FrameSampling, Picture
+    from prismprune.planning import Plan
     from prismprune.results import Answer
 
 USAGE_ERRORS = (InvalidBudgetError, InvalidOptionError, UnknownMethodError)
 """What another command line would have avoided: exit status 2, as for an unknown option; else 1."""
-EXAMPLES = {"llava": "llava-hf/llava-1.5-7b-hf"}
+EXAMPLES = {
+    "llava": "llava-hf/llava-1.5-7b-hf",
+    "llava_next": "llava-hf/llava-v1.6-vicuna-7b-hf",
+    "video_llava": "LanguageBind/Video-LLaVA-7B-hf",
+}
 """A published checkpoint of each family."""
 DEFAULT_BUDGET = "all"
 
@@ -183,6 +188,67 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
         sys.stdout.write(json.dumps(listed) + "\n")
     else:
         _print_models(listed)
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="prism-demo, a directory (its config.json is enough) or a hub id.")
+    ],
+    *,
+    token_budget: Annotated[
+        str, typer.Option("--token-budget", "-b", help='Visual tokens to keep, or "all".')
+    ] = "64",  # noqa: S107 -- no password
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float16",
+    quantization: Annotated[str | None, typer.Option(help="int8 or nf4.")] = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of question and answer.")] = 64,
+    visual_tokens: Annotated[
+        int | None, typer.Option(help="Visual tokens before pruning [of one picture or clip].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What a model needs at a budget, before anyone loads it: from its config alone."""
+    from prismprune import planning  # noqa: PLC0415 -- loads torch
+
+    budget = int(token_budget) if token_budget.isdecimal() else token_budget
+    planned = planning.plan(
+        model,
+        budget,
+        dtype=dtype,
+        quantization=quantization,
+        text_tokens=text_tokens,
+        visual_tokens=visual_tokens,
+    )
+    if as_json:
+        sys.stdout.write(json.dumps(asdict(planned)) + "\n")
+    else:
+        output().print(_planned(planned))
+
+
+def _planned(planned: Plan) -> Table:
+    weights = planned.quantization or planned.dtype
+    table = Table(title=f"{planned.model}: {planned.parameters / 1e9:.2f} G parameters, {weights}")
+    for column in (
+        "",
+        f"{planned.budget.visual_tokens} tokens",
+        f"all {planned.everything.visual_tokens}",
+        "saved",
+    ):
+        table.add_column(column, justify="right" if column else "left")
+    for name, field in (
+        ("weights", "weight_bytes"),
+        ("keys and values", "kv_bytes"),
+        ("one pass, estimated", "activation_bytes"),
+        ("together", "total_bytes"),
+    ):
+        kept, everything = getattr(planned.budget, field), getattr(planned.everything, field)
+        table.add_row(
+            name, f"{kept / 2**20:,.0f} MiB", f"{everything / 2**20:,.0f} MiB", f"{1 - kept / everything:.1%}"
+        )
+    kept, everything = planned.budget.prefill_flops, planned.everything.prefill_flops
+    saved = f"{1 - kept / everything:.1%}"
+    table.add_row("prefill", f"{kept / 1e9:,.0f} GFLOP", f"{everything / 1e9:,.0f} GFLOP", saved)
+    return table
 
 
 def _sampling(num_frames: int | None, start: float | None, end: float | None) -> FrameSampling | None:

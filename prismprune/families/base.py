@@ -189,6 +189,11 @@ class Family(ABC):
     def unquantised() -> list[str]:
         """Module names that stay in 16 or 32 bits when the language model is quantised."""
 
+    @staticmethod
+    @abstractmethod
+    def visual_tokens_of(config: Any) -> int:
+        """Visual tokens of one picture, or clip, before pruning, as far as a config tells."""
+
     @abstractmethod
     def views(self, media: Sequence[Picture | Clip]) -> list[View]:
         """The views of one request, in the order of its media; raises `UnsupportedMediaError`."""

@@ -63,6 +63,10 @@ class LlavaFamily(Family):
         return LlavaForConditionalGeneration.from_pretrained(path, **options)
 
     @staticmethod
+    def visual_tokens_of(config: Any) -> int:
+        return int(config.image_seq_length)
+
+    @staticmethod
     def unquantised() -> list[str]:
         # Matched from the start of a module's full name: "vision_tower" alone would match nothing.
         return ["model.vision_tower", "model.multi_modal_projector", "lm_head"]

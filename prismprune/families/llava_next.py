@@ -86,6 +86,11 @@ class LlavaNextFamily(LlavaFamily):
     def load(path: str, **options: Any) -> Any:
         return LlavaNextForConditionalGeneration.from_pretrained(path, **options)
 
+    @staticmethod
+    def visual_tokens_of(config: Any) -> int:
+        side = int(config.vision_config.image_size // config.vision_config.patch_size)
+        return 5 * side * side  # the small copy and 2 x 2 crops: what the paper reports
+
     @property
     def tokens_per_image(self) -> int:
         side = self.model.config.vision_config.image_size

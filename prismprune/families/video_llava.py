@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+FRAMES = 8
+"""Of a clip, as the model was trained and as frames are sampled unless asked otherwise."""
+
+
 class VideoLlavaFamily(LlavaFamily):
     """`VideoLlavaForConditionalGeneration`: a picture is one view, a clip one placeholder for all its frames.
 
@@ -33,6 +37,11 @@ class VideoLlavaFamily(LlavaFamily):
     @staticmethod
     def unquantised() -> list[str]:
         return ["model.image_tower", "model.video_tower", "model.multi_modal_projector", "lm_head"]
+
+    @staticmethod
+    def visual_tokens_of(config: Any) -> int:
+        side = int(config.vision_config.image_size // config.vision_config.patch_size)
+        return FRAMES * side * side
 
     @property
     def placeholder_ids(self) -> dict[Modality, int]:
