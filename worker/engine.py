@@ -250,7 +250,9 @@ class Engine(Generic[M]):
         arrived = self._gather()
         self._progress_at = time.monotonic()
         try:
-            self._join(arrived)
+            if arrived:
+                self._join(arrived)
+                self._step()  # their first tokens; the next is everyone's, so that arrivals hold up nobody
             self._step()
         finally:
             self._progress_at = None
@@ -278,8 +280,6 @@ class Engine(Generic[M]):
         return not self._working or self._session.tokens < self._limits.max_tokens
 
     def _join(self, batch: Sequence[Ticket]) -> None:
-        if not batch:
-            return
         began = time.monotonic()
         try:
             requests = self._session.ask([ticket.request for ticket in batch])
