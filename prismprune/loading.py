@@ -130,6 +130,7 @@ def _quantization(name: str, compute: torch.dtype, skip: list[str]) -> BitsAndBy
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute,
         llm_int8_skip_modules=skip,
     )
