@@ -9,7 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from prismprune.decoding import Decoder, similar_lengths
 from prismprune.errors import InvalidOptionError
@@ -286,3 +291,33 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     """Each with an error that a caller can act on."""
     with pytest.raises(InvalidOptionError):
         GenerationOptions(**options)
+
+
+def test_prompts_with_positions_of_their_own_go_on_from_them() -> None:
+    """Three rows of positions with gaps, as M-RoPE has them: each row as one full forward over it decides."""
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": len(TOKENIZER), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.4,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    ).eval()
+    prompts = []
+    for text_of_one in TEXTS:
+        ids = prompt(text_of_one).token_ids
+        rows = torch.randint(0, 3, (3, len(ids))).cumsum(1)
+        prompts.append(Prompt(ids, (), rows, next_position=int(rows.max()) + 5))
+    options = [GenerationOptions(max_new_tokens=limit) for limit in (6, 3, 8, 5)]
+    decoding = Decoder(model, TOKENIZER, frozenset(), frozenset(), lambda _visuals: {})
+    outcomes, _ = generate(decoding, prompts, options)
+    for one, own, outcome in zip(prompts, options, outcomes, strict=True):
+        ids, positions = one.token_ids, one.positions
+        for step in range(own.max_new_tokens):
+            with torch.inference_mode():
+                logits = model(input_ids=ids[None], position_ids=positions[:, None]).logits[0, -1]
+            ids = torch.cat([ids, logits.argmax()[None]])
+            positions = torch.cat([positions, torch.full((3, 1), one.following + step)], dim=1)
+        assert list(outcome.token_ids) == ids[len(one.token_ids) :].tolist()
