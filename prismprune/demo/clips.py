@@ -18,9 +18,13 @@ DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up"
 
 @dataclass(frozen=True, slots=True)
 class ClipScene:
-    """`things` are as in their first frame, the earlier one first; `mover`, if any, moves in `direction`."""
+    """`things` are as in their first frame, the earlier one first; `mover`, if any, moves in `direction`.
+
+    `casts` has what each frame shows.
+    """
 
     frames: tuple[Image.Image, ...]
+    casts: tuple[tuple[Thing, ...], ...]
     things: tuple[Thing, ...]
     mover: Thing | None
     direction: str | None
@@ -46,7 +50,7 @@ def draw_clip(rng: random.Random) -> ClipScene:
         chosen = way = None
     brush = rng.getrandbits(32)  # the same strokes in every frame
     frames = tuple(finish(rng, paint(random.Random(brush), background, cast)) for cast in casts)
-    return ClipScene(frames, things, chosen, way)
+    return ClipScene(frames, tuple(casts), things, chosen, way)
 
 
 def _differently_shaped(

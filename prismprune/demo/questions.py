@@ -5,6 +5,7 @@ Every kind of question has phrasings for training and others, never trained on, 
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from prismprune.demo.clips import DIRECTIONS, ClipScene
@@ -151,11 +152,14 @@ DESCRIBE_ALL = (
     "What is there from {a} to {b}?",
     "Name everything from {a} to {b}.",
 )
+DESCRIBE_PAIR = ("Where is {it} from {other}?", "How does {it} lie to {other}?", "{it}: where from {other}?")
+LESSON_WEIGHTS = {"relation": 2, "further": 2, "count": 2, "written": 2, "shape": 0.5, "side": 0.5}
+"""Training asks more of what is hard to learn, less of what is learned early; 1 for a kind not named."""
 DESCRIBE_CLIP = ("What happens?", "Describe the video.", "Tell me what happens in the clip.")
 
 
 def scene_descriptions(rng: random.Random, scene: Scene, number: int) -> list[Question]:
-    """Descriptions for training: the objects in order along an axis, and up to `number` of them one by one.
+    """Descriptions for training: the objects in order along an axis, and up to `number` objects and pairs.
 
     Many true words an answer: by far the densest lesson in what is where. None of them is evaluated.
     """
@@ -167,7 +171,24 @@ def scene_descriptions(rng: random.Random, scene: Scene, number: int) -> list[Qu
     for thing in rng.sample(scene.things, min(number, len(scene.things))):
         text = rng.choice(DESCRIBE_ONE).format(it=_refer(rng, scene, thing))
         asked.append(Question("describe", text, _description(thing)))
+    for one, other in _pairs(rng, scene, number):
+        text = rng.choice(DESCRIBE_PAIR).format(it=_refer(rng, scene, one), other=_refer(rng, scene, other))
+        if way := way_between(one, other):
+            asked.append(Question("describe", text[0].upper() + text[1:], way))
     return asked
+
+
+def _pairs(rng: random.Random, scene: Scene, number: int) -> list[tuple[Thing, Thing]]:
+    pairs = list(itertools.permutations(scene.things, 2))
+    return rng.sample(pairs, min(number, len(pairs)))
+
+
+def way_between(one: Thing, other: Thing) -> str:
+    """Where `one` lies as seen from `other`, on each axis on which they are apart."""
+    across, down = one.x - other.x, one.y - other.y
+    words = [("right" if across > 0 else "left") if abs(across) > APART else ""]
+    words += [("below" if down > 0 else "above") if abs(down) > APART else ""]
+    return " and ".join(filter(None, words))
 
 
 def clip_description(rng: random.Random, clip: ClipScene) -> Question:
@@ -190,29 +211,39 @@ def _description(thing: Thing) -> str:
 
 
 def scene_questions(
-    rng: random.Random, scene: Scene, number: int, phrasings: dict[str, tuple[str, ...]]
+    rng: random.Random,
+    scene: Scene,
+    number: int,
+    phrasings: dict[str, tuple[str, ...]],
+    weights: dict[str, float] | None = None,
 ) -> list[Question]:
-    """Up to `number` different questions about `scene`; kinds are drawn evenly as far as it allows them."""
-    return _ask(rng, scene, _SCENE_KINDS, number, phrasings)
+    """Up to `number` different questions about `scene`.
+
+    Kinds are drawn evenly as far as the scene allows them, or by `weights` (1 for a kind that is not named).
+    """
+    return _ask(rng, scene, _SCENE_KINDS, number, phrasings, weights or {})
 
 
 def clip_questions(
     rng: random.Random, clip: ClipScene, number: int, phrasings: dict[str, tuple[str, ...]]
 ) -> list[Question]:
     """Up to `number` different questions about `clip`."""
-    return _ask(rng, clip, _MOTION_KINDS if clip.mover else _ORDER_KINDS, number, phrasings)
+    return _ask(rng, clip, _MOTION_KINDS if clip.mover else _ORDER_KINDS, number, phrasings, {})
 
 
-def _ask(
+def _ask(  # noqa: PLR0917 (private, called from two places)
     rng: random.Random,
     subject: Scene | ClipScene,
     kinds: dict[str, Callable[..., tuple[dict[str, str], str] | None]],
     number: int,
     phrasings: dict[str, tuple[str, ...]],
+    weights: dict[str, float],
 ) -> list[Question]:
     asked: dict[tuple[str, str], Question] = {}
+    shares = list(itertools.accumulate(weights.get(kind, 1.0) for kind in kinds)) if weights else None
     for _ in range(6 * number):
-        kind = rng.choice(list(kinds))
+        # Two ways to draw, for an even draw must not change: what is evaluated hangs on it.
+        kind = rng.choices(list(kinds), cum_weights=shares)[0] if shares else rng.choice(list(kinds))
         filled = kinds[kind](rng, subject)
         if filled is None:
             continue

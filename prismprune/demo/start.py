@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prismprune.demo.assemble import IMAGE_MEAN, IMAGE_STD
 from prismprune.demo.scenes import Scene, Thing, draw_scene
+from prismprune.demo.subsets import shown
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -83,22 +84,16 @@ def _targets(scene: Scene, side: int, embed: Embed) -> Tensor:
     y, x = torch.meshgrid(centres, centres, indexing="ij")
     across, down = embed("right") - embed("left"), embed("bottom") - embed("top")
     target = (x.reshape(-1, 1) - 0.5) * across + (y.reshape(-1, 1) - 0.5) * down
-    shown = embed("background").repeat(side * side, 1)
-    for thing in scene.things:
+    seen = embed("background").repeat(side * side, 1)
+    numbers = shown(scene.things, side)
+    for number, thing in enumerate(scene.things, start=1):
         words = sum((embed(word) for word in _words(thing)), torch.zeros_like(across))
-        shown[_covered(thing, x, y, side)] = words
-    return target + shown
+        seen[numbers == number] = words
+    return target + seen
 
 
 def _words(thing: Thing) -> list[str]:
     return [thing.color, thing.shape, thing.size, *([thing.written] if thing.written else [])]
-
-
-def _covered(thing: Thing, x: Tensor, y: Tensor, side: int) -> Tensor:
-    slack = 0.25 / side
-    inside_x = (x - thing.x).abs() < thing.width / 2 + slack
-    inside_y = (y - thing.y).abs() < thing.height / 2 + slack
-    return (inside_x & inside_y).reshape(-1)
 
 
 def picture_array(image: Image.Image, size: int) -> np.ndarray:

@@ -20,11 +20,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from prismprune.demo.assemble import VIDEO_IMAGE_SIZE, VISION_LAYER, build_model, language_part, vision_tower
+from prismprune.demo.assemble import (
+    PATCH_SIZE,
+    VIDEO_IMAGE_SIZE,
+    VISION_LAYER,
+    build_model,
+    language_part,
+    vision_tower,
+)
 from prismprune.demo.clips import FRAMES, draw_clip
 from prismprune.demo.easyvqa import EasyVQA
 from prismprune.demo.packing import IGNORED, Pack, Packer, hidden_states
 from prismprune.demo.questions import (
+    LESSON_WEIGHTS,
     TRAINED,
     Question,
     clip_description,
@@ -32,8 +40,9 @@ from prismprune.demo.questions import (
     scene_descriptions,
     scene_questions,
 )
-from prismprune.demo.scenes import draw_scene
+from prismprune.demo.scenes import Scene, Thing, draw_scene
 from prismprune.demo.start import closed_form_start, picture_array
+from prismprune.demo.subsets import draw, shown
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,8 +71,8 @@ class Recipe:
     clip_questions: int = 8
     easy_vqa_share: float = 0.12
     all_tokens_share: float = 0.1
-    least_tokens: int = 90
-    most_tokens: int = 260
+    least_tokens: int = 40
+    most_tokens: int = 300
     rank: int = 24
     adapter_rate: float = 5e-4
     projector_rate: float = 1e-4
@@ -73,9 +82,13 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Subjects of one step: pixels [B * frames, 3, S, S], the questions of each, frames a subject."""
+    """Subjects of one step: pixels [B * frames, 3, S, S], the questions of each, frames a subject.
+
+    `shown` [B * frames, N] says which object each patch shows, 0 for none (easy-VQA does not tell).
+    """
 
     pixels: Tensor
+    shown: Tensor
     questions: list[list[Question]]
     frames: int
 
@@ -103,22 +116,29 @@ class Stream(IterableDataset[Batch]):
         asked = clip_questions(rng, clip, self.recipe.clip_questions, TRAINED)
         if self.recipe.descriptions >= 0:
             asked.append(clip_description(rng, clip))
-        return Batch(torch.stack(pixels), [asked], FRAMES)
+        numbers = [shown(cast, VIDEO_IMAGE_SIZE // PATCH_SIZE) for cast in clip.casts]
+        return Batch(torch.stack(pixels), torch.stack(numbers), [asked], FRAMES)
 
     def _pictures(self, rng: random.Random, step: int) -> Batch:
         size = self.recipe.small_size if step < self.recipe.small_steps else self.recipe.size
-        pixels, questions = [], []
+        pixels, numbers, questions = [], [], []
         for _ in range(self.recipe.pictures):
             if rng.random() < self.recipe.easy_vqa_share:
                 image, asked = self.easy_vqa.draw(rng, self.recipe.questions)
+                things: tuple[Thing, ...] = ()
             else:
                 scene = draw_scene(rng)
-                image, asked = scene.image, scene_questions(rng, scene, self.recipe.questions, TRAINED)
-                if self.recipe.descriptions >= 0:
-                    asked += scene_descriptions(rng, scene, self.recipe.descriptions)
+                image, things, asked = scene.image, scene.things, self._lessons(rng, scene)
             pixels.append(torch.from_numpy(picture_array(image, size)))
+            numbers.append(shown(things, size // PATCH_SIZE))
             questions.append(asked)
-        return Batch(torch.stack(pixels), questions, 1)
+        return Batch(torch.stack(pixels), torch.stack(numbers), questions, 1)
+
+    def _lessons(self, rng: random.Random, scene: Scene) -> list[Question]:
+        asked = scene_questions(rng, scene, self.recipe.questions, TRAINED, LESSON_WEIGHTS)
+        if self.recipe.descriptions >= 0:
+            asked += scene_descriptions(rng, scene, self.recipe.descriptions)
+        return asked
 
 
 class Trainer:
@@ -182,7 +202,7 @@ class Trainer:
         """One optimiser step; returns the mean loss over answer tokens."""
         rng = torch.Generator().manual_seed(self.recipe.seed + step)
         features = self.encode(batch.pixels)
-        kept = _subset(features, self._tokens(rng, batch, features.shape[1]), rng)
+        kept = self._kept(features, batch, rng)
         visual = self.projector(kept)
         pack = self.packer.pack(batch.questions, [kept.shape[1]] * batch.frames)
         loss = self.loss(pack, visual)
@@ -196,6 +216,14 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self.done = step + 1
         return float(loss.detach())
+
+    def _kept(self, features: Tensor, batch: Batch, rng: torch.Generator) -> Tensor:
+        """The features [B, K, d] that this step shows."""
+        count = self._tokens(rng, batch, features.shape[1])
+        if count == features.shape[1]:
+            return features
+        indices = draw(batch.shown, count, rng)
+        return features.gather(1, indices[:, :, None].expand(-1, -1, features.shape[2]))
 
     def _tokens(self, rng: torch.Generator, batch: Batch, available: int) -> int:
         """How many tokens an image of this batch shows: all, or log-uniform between the recipe's bounds."""
@@ -245,23 +273,6 @@ def _save_weights(folder: Path, projector: nn.Module, language: PeftModel) -> No
     for name, state in (("projector", projector.state_dict()), ("adapter_model", adapter)):
         save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
     language.peft_config["default"].save_pretrained(str(folder))
-
-
-def _subset(features: Tensor, count: int, rng: torch.Generator) -> Tensor:
-    """`count` random tokens of each image in raster order, [B, count, d].
-
-    Half of the images are sampled evenly, half through a random smooth field, so that subsets are uneven too.
-    """
-    images, available, _ = features.shape
-    if count >= available:
-        return features
-    side = round(available**0.5)
-    coarse = torch.randn(images, 1, 5, 5, generator=rng)
-    field = nn.functional.interpolate(coarse, size=(side, side), mode="bicubic").reshape(images, available)
-    strength = 1.5 * (torch.rand(images, 1, generator=rng) < 0.5)
-    noise = -torch.log(-torch.log(torch.rand(images, available, generator=rng)))  # Gumbel: sampling by weight
-    chosen = (strength * field + noise).topk(count).indices.sort(dim=1).values
-    return features.gather(1, chosen[:, :, None].expand(-1, -1, features.shape[2]))
 
 
 def train(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import zipfile
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaModel
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from prismprune.demo import subsets
 from prismprune.demo.clips import DIRECTIONS, FRAMES, draw_clip
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
 from prismprune.demo.parts import Part, _extract, fetch
@@ -26,10 +28,11 @@ from prismprune.demo.questions import (
     clip_questions,
     scene_descriptions,
     scene_questions,
+    way_between,
 )
 from prismprune.demo.scenes import COLORS, SHAPES, draw_scene
 from prismprune.demo.start import closed_form_start
-from prismprune.demo.train import Recipe, Stream, _subset, ship
+from prismprune.demo.train import Recipe, Stream, ship
 from prismprune.errors import PartsUnavailableError
 
 if TYPE_CHECKING:
@@ -98,8 +101,9 @@ def test_descriptions_tell_what_is_there_and_in_which_order(seed: int) -> None:
         scene.things, key=lambda thing: getattr(thing, axis), reverse=words[-1] in ("left", "top")
     )
     assert everything.answer == ", ".join(thing.name for thing in ordered)
-    assert len(single) == min(2, len(scene.things))
-    for question in single:
+    of_one, of_two = single[: min(2, len(scene.things))], single[min(2, len(scene.things)) :]
+    assert len(of_two) <= (2 if len(scene.things) > 1 else 0)
+    for question in of_one:
         assert [thing.size for thing in scene.things if f"{thing.size} {thing.name}" in question.answer]
 
 
@@ -206,10 +210,47 @@ class _ProjectorConfig:
 @given(seed=seeds, count=st.integers(1, 143))
 def test_a_random_subset_keeps_raster_order(seed: int, count: int) -> None:
     """Training shows so many distinct tokens of each image, in the order in which inference shows them."""
-    features = torch.arange(144.0).repeat(3, 1)[:, :, None]
-    kept = _subset(features, count, torch.Generator().manual_seed(seed))[:, :, 0]
+    nothing = torch.zeros(3, 144, dtype=torch.int64)
+    kept = subsets.draw(nothing, count, torch.Generator().manual_seed(seed))
     assert kept.shape == (3, count)
     assert bool((kept.diff(dim=1) > 0).all())
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds, count=st.integers(6, 200))
+def test_a_random_subset_keeps_a_token_of_every_object(seed: int, count: int) -> None:
+    """What a question of a lesson is about is never lost, however few tokens there are."""
+    scenes = [draw_scene(random.Random(seed + i)) for i in range(2)]
+    numbers = torch.stack([subsets.shown(scene.things, 24) for scene in scenes])
+    kept = subsets.draw(numbers, count, torch.Generator().manual_seed(seed))
+    for scene, row, indices in zip(scenes, numbers, kept, strict=True):
+        assert {*row[indices].tolist()} - {0} == {*range(1, len(scene.things) + 1)}
+
+
+def test_how_densely_an_object_is_shown_does_not_tell_its_size() -> None:
+    """Of two objects of one size, random subsets show now the one and now the other with far more tokens."""
+    numbers = torch.zeros(200, 576, dtype=torch.int64)
+    numbers[:, :60], numbers[:, 60:120] = 1, 2
+    kept = subsets.draw(numbers, 100, torch.Generator().manual_seed(0))
+    shown = numbers.gather(1, kept)
+    one, other = ((shown == number).sum(1).float() for number in (1, 2))
+    assert (one > 2 * other).sum() > 20
+    assert (other > 2 * one).sum() > 20
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=seeds)
+def test_where_one_object_lies_from_another_is_the_opposite_of_the_way_back(seed: int) -> None:
+    """The lessons on pairs are true: what is left of another has that other on its right."""
+    scene = draw_scene(random.Random(seed), 3)
+    opposite = {"left": "right", "right": "left", "above": "below", "below": "above"}
+    for one, other in itertools.combinations(scene.things, 2):
+        there, back = way_between(one, other), way_between(other, one)
+        assert [opposite[word] for word in there.split(" and ") if word] == [
+            w for w in back.split(" and ") if w
+        ]
+        assert ("left" in there) == (one.x < other.x - 0.1)
+        assert ("below" in there) == (one.y > other.y + 0.1)
 
 
 def _wheel(folder: Path, content: bytes) -> Path:
