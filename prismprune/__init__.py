@@ -22,10 +22,12 @@ from prismprune.errors import (
     UnknownModelError,
     UnsupportedMediaError,
 )
+from prismprune.quantization import Quantization
 from prismprune.results import Answer, Memory, PartMap, Timings, VisualTokens
 
 if TYPE_CHECKING:
     from prismprune.media import Clip, FrameSampling, MediaLimits, Picture, open_media
+    from prismprune.pruning import Pruning, prune
     from prismprune.selection import METHODS, Scores, Selection, Selector, select, selector
     from prismprune.vlm import AnswerStream, GenerationOptions, PrunedVLM, VisualRequest
 
@@ -49,6 +51,8 @@ __all__ = [
     "Picture",
     "PrismError",
     "PrunedVLM",
+    "Pruning",
+    "Quantization",
     "Scores",
     "Selection",
     "Selector",
@@ -62,12 +66,14 @@ __all__ = [
     "VisualTokens",
     "__version__",
     "open_media",
+    "prune",
     "select",
     "selector",
 ]
 
 _ON_USE = {
     "prismprune.media": ("Clip", "FrameSampling", "MediaLimits", "Picture", "open_media"),
+    "prismprune.pruning": ("Pruning", "prune"),
     "prismprune.selection": ("METHODS", "Scores", "Selection", "Selector", "select", "selector"),
     "prismprune.vlm": ("AnswerStream", "GenerationOptions", "PrunedVLM", "VisualRequest"),
 }

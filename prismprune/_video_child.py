@@ -290,6 +290,7 @@ def run(file: BinaryIO, task: Task, out: BinaryIO) -> None:
         "times_s": [(stamp - packets.shown[0]) * packets.tick_s for stamp in wanted],
         "order": [stamps.index(stamp) for stamp in wanted],
         "planes": [picked[stamp][1] for stamp in stamps],
+        "total_frames": len(packets.shown),
     }
     out.write(json.dumps(header).encode() + b"\n")
     out.writelines(picked[stamp][0] for stamp in stamps)

@@ -12,12 +12,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from prismprune.errors import InvalidScoresError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from torch import Tensor, nn
+
+QUERIES = 64
+"""Rows of queries that are compared with all keys at once."""
 
 
 def cls_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
@@ -30,6 +35,18 @@ def cls_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
     logits = keys.float() @ (queries.float() * scale).transpose(2, 3)  # [B, H, 1+N, 1]
     attention: Tensor = logits.squeeze(3).softmax(dim=2)
     return attention[:, :, 1:]
+
+
+def received_attention(queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Mean attention that each patch receives from all patches: [B, H, S], float32.
+
+    queries, keys: [B, H, S, head_dim]. In pieces of queries: the whole [B, H, S, S] would be gigabytes.
+    """
+    turned = keys.float().transpose(2, 3)
+    received = torch.zeros(keys.shape[:3], device=keys.device)
+    for some in queries.split(QUERIES, dim=2):
+        received += ((some.float() * scale) @ turned).softmax(dim=3).sum(dim=2)
+    return received / queries.shape[2]
 
 
 @dataclass(slots=True)
@@ -107,11 +124,48 @@ def read_block(block: nn.Module, attention: nn.Module, *, heads: int, scale: flo
             hook.remove()
 
 
-def _in_this_thread(note: Callable[[Tensor], None]) -> Callable[[nn.Module, Any, Tensor], None]:
+@dataclass(slots=True)
+class FusedReading:
+    """What `read_fused` saw. Filled once the tower has run.
+
+    projected: [S, 3 * H * head_dim], queries, keys and values before their rotation. rotary: cosine and sine
+    [S, head_dim].
+    """
+
+    projected: Tensor = field(init=False)
+    rotary: tuple[Tensor, Tensor] = field(init=False)
+
+    def note_projected(self, projected: Tensor) -> None:
+        self.projected = projected
+
+    def note_arguments(self, arguments: dict[str, Any]) -> None:
+        self.rotary = arguments["position_embeddings"]
+
+
+@contextmanager
+def read_fused(attention: nn.Module, projection: nn.Module) -> Iterator[FusedReading]:
+    """Call the tower in this context: it runs to its end, and the yielded reading holds what is needed.
+
+    For a tower whose later layers are used too, with one `projection` to queries, keys and values and rotary
+    positions. Threads and hooks as with `read_block`.
+    """
+    reading = FusedReading()
+    hooks = [
+        attention.register_forward_pre_hook(_in_this_thread(reading.note_arguments), with_kwargs=True),
+        projection.register_forward_hook(_in_this_thread(reading.note_projected)),
+    ]
+    try:
+        yield reading
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _in_this_thread(note: Callable[[Any], None]) -> Callable[[nn.Module, Any, Any], None]:
     owner = threading.get_ident()
 
-    def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+    def hook(_module: nn.Module, _inputs: Any, seen: Any) -> None:
         if threading.get_ident() == owner:
-            note(output)
+            note(seen)
 
     return hook

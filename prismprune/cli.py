@@ -37,9 +37,19 @@ EXAMPLES = {
     "llava": "llava-hf/llava-1.5-7b-hf",
     "llava_next": "llava-hf/llava-v1.6-vicuna-7b-hf",
     "video_llava": "LanguageBind/Video-LLaVA-7B-hf",
+    "qwen2_5_vl": "Qwen/Qwen2.5-VL-7B-Instruct",
 }
 """A published checkpoint of each family."""
 DEFAULT_BUDGET = "all"
+
+Quantized = Annotated[str | None, typer.Option("--quantization", help="int8 or nf4.")]
+ComputeDtype = Annotated[
+    str | None, typer.Option(help="What nf4 computes in: float32, bfloat16 or float16 [that of the model].")
+]
+DoubleQuant = Annotated[bool, typer.Option(help="Whether nf4 quantises its scales too.")]
+QuantizeAlso = Annotated[
+    list[str] | None, typer.Option(help="Quantise vision, projector or head too; repeat for several.")
+]
 
 
 def output() -> Console:
@@ -138,7 +148,13 @@ def answer(
     num_frames: Annotated[int | None, typer.Option(help="Frames of a video to look at [8].")] = None,
     start: Annotated[float | None, typer.Option(help="Look from this second of a video.")] = None,
     end: Annotated[float | None, typer.Option(help="Look up to this second of a video.")] = None,
-    quantization: Annotated[str | None, typer.Option(help="int8 or nf4.")] = None,
+    quantization: Quantized = None,
+    compute_dtype: ComputeDtype = None,
+    double_quant: DoubleQuant = True,
+    quantize_also: QuantizeAlso = None,
+    layout: Annotated[
+        str | None, typer.Option(help="How LLaVA-NeXT packs crops: native, or paper (no newlines).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
     save_map: Annotated[
@@ -155,7 +171,8 @@ def answer(
     opened = tuple(prismprune.open_media(path, sampling=sampling) for path in media)
     generation = prismprune.GenerationOptions(max_new_tokens, temperature, top_p, seed)
     prismprune.selector(method)  # an unknown method is told before a model is loaded
-    vlm = _load(model, dtype=dtype, device=device, quantization=quantization)
+    quantized = _quantization(quantization, compute_dtype, double_quant, quantize_also)
+    vlm = _load(model, dtype=dtype, device=device, quantization=quantized, layout=layout)
     request = prismprune.VisualRequest(opened, (question,), budget, method, generation=generation)
     found = vlm.answer_batch([request])[0][0]
     _show(found, model, as_json=as_json)
@@ -165,9 +182,10 @@ def answer(
 
 @app.command()
 def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """What can be served: the embedded demo, model families, selection methods."""
+    """What can be served: the embedded demo, checkpoints in the hub's cache, model families, methods."""
     from prismprune.demo.parts import LANGUAGE, VISION  # noqa: PLC0415 -- help comes at once
     from prismprune.families import FAMILIES  # noqa: PLC0415 -- loads torch
+    from prismprune.hub import cached_checkpoints  # noqa: PLC0415 -- loads torch
 
     cache = LibrarySettings().cache_dir
     parts = [cache / "parts" / part.requirement / Path(part.member).name for part in (VISION, LANGUAGE)]
@@ -177,6 +195,7 @@ def models(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
             "fetched": all(part.exists() for part in parts),
             "cache": str(cache),
         },
+        "cached": [asdict(checkpoint) for checkpoint in cached_checkpoints()],
         "families": [
             {"name": name, "example": EXAMPLES.get(name), "modalities": list(family.modalities)}
             for name, family in FAMILIES.items()
@@ -200,7 +219,10 @@ def plan(
         str, typer.Option("--token-budget", "-b", help='Visual tokens to keep, or "all".')
     ] = "64",  # noqa: S107 -- no password
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float16",
-    quantization: Annotated[str | None, typer.Option(help="int8 or nf4.")] = None,
+    quantization: Quantized = None,
+    compute_dtype: ComputeDtype = None,
+    double_quant: DoubleQuant = True,
+    quantize_also: QuantizeAlso = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens of question and answer.")] = 64,
     visual_tokens: Annotated[
         int | None, typer.Option(help="Visual tokens before pruning [of one picture or clip].")
@@ -215,7 +237,7 @@ def plan(
         model,
         budget,
         dtype=dtype,
-        quantization=quantization,
+        quantization=_quantization(quantization, compute_dtype, double_quant, quantize_also),
         text_tokens=text_tokens,
         visual_tokens=visual_tokens,
     )
@@ -255,6 +277,14 @@ def _sampling(num_frames: int | None, start: float | None, end: float | None) ->
     given = {"num_frames": num_frames, "start_s": start, "end_s": end}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return prismprune.FrameSampling(**chosen) if chosen else None
+
+
+def _quantization(
+    kind: str | None, compute_dtype: str | None, double_quant: bool, also: list[str] | None
+) -> prismprune.Quantization | None:
+    return prismprune.Quantization.chosen(
+        kind, compute_dtype=compute_dtype, double_quant=double_quant, also=also or ()
+    )
 
 
 def _load(model: str, **options: Any) -> prismprune.PrunedVLM:
@@ -331,6 +361,9 @@ def _print_models(listed: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 3))
     table.add_column(style="dim")
     table.add_row("demo", f"{demo['name']}, {state} ({demo['cache']})")
+    for one in listed["cached"]:
+        weights = f"{one['size_bytes'] / 2**30:.1f} GiB" if one["complete"] else "weights not fetched"
+        table.add_row("cached", f"{one['name']} ({one['family']}), {weights}, {one['revision'][:12]}")
     for family in listed["families"]:
         example = f", for example {family['example']}" if family["example"] else ""
         table.add_row("family", f"{family['name']} ({', '.join(family['modalities'])}){example}")

@@ -36,7 +36,7 @@ NOT_PRUNED = "none"
 class EncodingRequest:
     """Media of one request and how many of their visual tokens stay.
 
-    Raises `InvalidOptionError` without media, and whatever `selector` raises for the method and its options.
+    Raises whatever `selector` raises for the method and its options.
     """
 
     media: tuple[Picture | Clip, ...]
@@ -45,8 +45,6 @@ class EncodingRequest:
     method_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.media:
-            raise InvalidOptionError("A request needs at least one picture or video.")
         self.selector()
 
     def selector(self) -> Selector:
@@ -97,11 +95,29 @@ class _Part:
 
 @torch.inference_mode()
 def encode(family: Family, requests: Sequence[EncodingRequest]) -> list[EncodedMedia]:
-    """Encode all requests together: views of one size share a tower run, and those of equal K a selection."""
+    """Encode all requests together: views of one size share a tower run, and those of equal K a selection.
+
+    Raises `InvalidOptionError` for a request without media.
+    """
+    if not all(request.media for request in requests):
+        raise InvalidOptionError("A request needs at least one picture or video.")
     watch = Stopwatch(family.model.device)
     views = [family.views(request.media) for request in requests]
     pixels = family.preprocess([view for own in views for view in own])
-    preprocess_ms = watch.lap_ms()
+    return encode_pixels(family, requests, views, pixels, preprocess_ms=watch.lap_ms())
+
+
+@torch.inference_mode()
+def encode_pixels(
+    family: Family,
+    requests: Sequence[EncodingRequest],
+    views: Sequence[Sequence[View]],
+    pixels: Sequence[Pixels],
+    *,
+    preprocess_ms: float = 0.0,
+) -> list[EncodedMedia]:
+    """`encode` from processed pixels, which took `preprocess_ms`; `views` are those of each request."""
+    watch = Stopwatch(family.model.device)
     readings = [family.read(group) for group in pixels]
     vision_ms = watch.lap_ms()
     parts = _by_request(views, pixels, readings)

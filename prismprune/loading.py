@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from prismprune.errors import InvalidOptionError, UnknownModelError
 from prismprune.families import family_of
+from prismprune.hub import origin_of
+from prismprune.quantization import DTYPES, Quantization
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,8 +22,6 @@ if TYPE_CHECKING:
     from prismprune.families.base import Family
 
 DEMO = "prism-demo"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTIZATIONS = ("int8", "nf4")
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -28,7 +29,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A model ready to answer. `end_ids` are the tokens that end its answers."""
+    """A model ready to answer. `end_ids` are the tokens that end its answers; see `Quantization.__str__`."""
 
     name: str
     family: Family
@@ -43,39 +44,41 @@ def load_checkpoint(
     revision: str | None = None,
     dtype: str = "auto",
     device: str = "auto",
-    quantization: str | None = None,
+    quantization: str | Quantization | None = None,
     layout: str | None = None,
     progress: Progress | None = None,
 ) -> Loaded:
     """Load `"prism-demo"`, a checkpoint directory or a hub id, with the processor that it comes with.
 
     dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU and 16 bits on CUDA. device: "cpu",
-    "cuda", "cuda:1", ...; "auto" is CUDA where there is one. quantization: None, "int8" or "nf4", of the
-    language model's layers only; the tower, the projector and the head stay as they are. layout: how visual
-    tokens are packed, one of the family's `layouts`; None: as transformers does.
+    "cuda", "cuda:1", ...; "auto" is CUDA where there is one. quantization: None, "int8", "nf4" or
+    a `Quantization`, of the language model's layers only unless it says more. layout: how visual tokens are
+    packed, one of the family's `layouts`; None: as transformers does.
 
     Raises `UnknownModelError` for a name that leads to no checkpoint or a family without an adapter,
     `InvalidOptionError` for an option out of its range or one that this machine cannot do.
     """
-    name = str(name_or_path)
+    name, quantized = str(name_or_path), Quantization.of(quantization)
     path = resolve(name, progress)
     where = _device(device)
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
+        origin = origin_of(path, revision)
+        config = AutoConfig.from_pretrained(path, **origin)
         family = family_of(config.model_type)
         layout = family.chosen_layout(layout)  # before gigabytes are loaded
-        options = _load_options(where, dtype, quantization, family)
-        model = family.load(path, revision=revision, **options).eval()
-        processor = AutoProcessor.from_pretrained(path, revision=revision)
+        options = _load_options(where, dtype, quantized, family, config)
+        model = family.load(path, **origin, **options).eval()
+        processor = AutoProcessor.from_pretrained(path, **origin)
     except (OSError, ValueError) as error:
         # transformers says at length where it looked; the cause keeps that for whoever runs this.
         raise UnknownModelError(
             f"No model could be loaded from {name!r}: it is neither {DEMO!r} nor a directory with a complete "
-            "checkpoint, nor a hub id that can be reached from here."
+            "checkpoint, nor a hub id that can be reached from here or is in the hub's cache."
         ) from error
     end_ids = _end_ids(model.generation_config, processor.tokenizer)
-    commit = getattr(model.config, "_commit_hash", None) or revision
-    return Loaded(name, family(model, processor, layout), end_ids, commit, quantization)
+    commit = getattr(origin["revision"], "resolved", revision)
+    label = str(quantized) if quantized else None
+    return Loaded(name, family(model, processor, layout), end_ids, commit, label)
 
 
 def resolve(name: str, progress: Progress | None = None) -> str:
@@ -100,12 +103,13 @@ def _device(name: str) -> torch.device:
 
 
 def _load_options(
-    device: torch.device, dtype: str, quantization: str | None, family: type[Family]
+    device: torch.device, dtype: str, quantization: Quantization | None, family: type[Family], config: Any
 ) -> dict[str, Any]:
     compute = _dtype(dtype, device)
     options = {"dtype": compute, "attn_implementation": "sdpa", "device_map": {"": device}}
     if quantization is not None:
-        options["quantization_config"] = _quantization(quantization, compute, family.unquantised())
+        check_head(quantization, config)
+        options["quantization_config"] = _bitsandbytes(quantization, compute, family)
     return options
 
 
@@ -116,24 +120,45 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     if name not in DTYPES:
         raise InvalidOptionError(f"dtype is one of auto, {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    return torch_dtype(name)
 
 
-def _quantization(name: str, compute: torch.dtype, skip: list[str]) -> BitsAndBytesConfig:
-    if name not in QUANTIZATIONS:
-        raise InvalidOptionError(f"quantization is one of {', '.join(QUANTIZATIONS)}, or none at all.")
+def torch_dtype(name: str) -> torch.dtype:
+    """Torch's number format for one of `DTYPES`."""
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def check_head(quantization: Quantization, config: Any) -> None:
+    """Refuse to quantise a head whose weights are the embedding's too, with `InvalidOptionError`."""
+    if "head" in quantization.also and getattr(config, "tie_word_embeddings", False):
+        raise InvalidOptionError("This model's head cannot be quantised: its weights are its embedding's.")
+
+
+def _bitsandbytes(
+    quantization: Quantization, compute: torch.dtype, family: type[Family]
+) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
         raise InvalidOptionError("Quantisation needs bitsandbytes: pip install 'prismprune[quantization]'.")
-    # The skip list of that name holds for 4 bits as well.
-    if name == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
+    # A list of one's own replaces that of transformers, which would leave the tower out; it holds for 4 bits
+    # as well, and each name is matched from the start of a module's full name.
+    spared = quantization.spared(family.outside)
+    if quantization.kind == "int8":
+        logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=spared)
+    chosen = quantization.compute_dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=compute,
-        llm_int8_skip_modules=skip,
+        bnb_4bit_use_double_quant=quantization.double_quant,
+        bnb_4bit_compute_dtype=torch_dtype(chosen) if chosen else compute,
+        llm_int8_skip_modules=spared,
     )
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what bitsandbytes logs for each layer and token: that LLM.int8 computes in float16."""
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
 
 
 def _end_ids(generation_config: Any, tokenizer: Any) -> frozenset[int]:

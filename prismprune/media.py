@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -121,12 +121,14 @@ class Clip:
     """Sampled frames of a video: RGB, upright, in order; `times_s` since its first frame.
 
     `size` is width and height of the upright original; the frames may be smaller, with its aspect.
+    `total_frames` is how many frames the file shows, sampled or not; None for a clip that is no file.
     """
 
     frames: tuple[Image.Image, ...]
     times_s: tuple[float, ...]
     size: tuple[int, int]
     decode_ms: float = 0.0
+    total_frames: int | None = None
 
 
 DEFAULT_LIMITS = MediaLimits()
@@ -273,8 +275,7 @@ def decode_video(
         raise UnsupportedMediaError("The file is a picture where a video is expected.")
     with _as_file(source) as file:
         output = _run_child(file, _task(VIDEO_FORMATS[kind], sampling, limits), limits)
-    frames, times_s, size = _parse(output)
-    return Clip(frames, times_s, size, _milliseconds(started))
+    return replace(_parse(output), decode_ms=_milliseconds(started))
 
 
 def _task(demuxer: str, sampling: FrameSampling, limits: MediaLimits) -> dict[str, Any]:
@@ -314,7 +315,7 @@ def _run_child(file: BinaryIO, task: Mapping[str, Any], limits: MediaLimits) -> 
     return done.stdout
 
 
-def _parse(output: bytes) -> tuple[tuple[Image.Image, ...], tuple[float, ...], tuple[int, int]]:
+def _parse(output: bytes) -> Clip:
     start = output.index(b"\n") + 1
     header, planes = json.loads(output[:start]), memoryview(output)[start:]
     if "error" in header:
@@ -328,7 +329,8 @@ def _parse(output: bytes) -> tuple[tuple[Image.Image, ...], tuple[float, ...], t
     width, height = header["planes"][0]["source_size"]
     sideways = _quarter_turns(header["planes"][0]["rotation"]) % 2
     size = (height, width) if sideways else (width, height)
-    return tuple(frames[i] for i in header["order"]), tuple(header["times_s"]), size
+    order, times_s = (frames[i] for i in header["order"]), tuple(header["times_s"])
+    return Clip(tuple(order), times_s, size, total_frames=header["total_frames"])
 
 
 _TURNS = {1: Image.Transpose.ROTATE_90, 2: Image.Transpose.ROTATE_180, 3: Image.Transpose.ROTATE_270}

@@ -16,10 +16,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from prismprune.budget import TokenBudget
 from prismprune.errors import InvalidOptionError, UnknownModelError
 from prismprune.families import family_of
-from prismprune.loading import DTYPES, QUANTIZATIONS, resolve
+from prismprune.hub import origin_of
+from prismprune.loading import check_head, resolve, torch_dtype
+from prismprune.quantization import DTYPES, Quantization
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from prismprune.families.base import Family
 
 NF4_BLOCK, NF4_SCALES = 64, 256
 """Weights that share a scale in NF4, and scales that share one of their own (double quantisation)."""
@@ -68,36 +72,37 @@ def plan(
     token_budget: int | str | TokenBudget | None = None,
     *,
     dtype: str = "float16",
-    quantization: str | None = None,
+    quantization: str | Quantization | None = None,
     text_tokens: int = 64,
     visual_tokens: int | None = None,
 ) -> Plan:
     """Plan for a hub id, `"prism-demo"`, or a directory, of which `config.json` is enough.
 
     text_tokens: of the prompt and the answer. visual_tokens: before pruning; None: of one picture
-    (LLaVA-NeXT: cut into 2 x 2 crops; Video-LLaVA: one clip of 8 frames).
+    (LLaVA-NeXT: cut into 2 x 2 crops; Video-LLaVA: one clip of 8 frames; Qwen2.5-VL: 672 pixels square).
 
     Raises `UnknownModelError` without a config or an adapter for it, `InvalidBudgetError`, and
     `InvalidOptionError` for an option out of its range.
     """
     if dtype not in DTYPES:
         raise InvalidOptionError(f"dtype is one of {', '.join(DTYPES)}.")
-    if quantization is not None and quantization not in QUANTIZATIONS:
-        raise InvalidOptionError(f"quantization is one of {', '.join(QUANTIZATIONS)}, or none at all.")
     if text_tokens < 1 or (visual_tokens is not None and visual_tokens < 1):
         raise InvalidOptionError("A prompt has at least one token of each kind.")
+    quantized, itemsize = Quantization.of(quantization), torch_dtype(dtype).itemsize
     config = _config(model)
     family = family_of(config.model_type)
+    if quantized:
+        check_head(quantized, config)
     blank = _blank(config)
     original = visual_tokens or family.visual_tokens_of(config)
     kept = TokenBudget.parse(token_budget).resolve(original)
-    weight_bytes = sum(_weight_bytes(blank, family.unquantised(), DTYPES[dtype].itemsize, quantization))
-    request = _Request(config, original, text_tokens, DTYPES[dtype].itemsize, weight_bytes)
+    weight_bytes = sum(_weight_bytes(blank, family, itemsize, quantized))
+    request = _Request(config, original, text_tokens, itemsize, weight_bytes)
     return Plan(
         model=model,
         family=family.name,
         dtype=dtype,
-        quantization=quantization,
+        quantization=str(quantized) if quantized else None,
         parameters=sum(parameter.numel() for parameter in blank.parameters()),
         text_tokens=text_tokens,
         budget=request.at(kept),
@@ -107,11 +112,12 @@ def plan(
 
 def _config(model: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(resolve(model))
+        path = resolve(model)
+        return AutoConfig.from_pretrained(path, **origin_of(path))
     except (OSError, ValueError) as error:
         raise UnknownModelError(
             f"No config could be read from {model!r}: it is neither a directory with a config.json nor a "
-            "hub id that can be reached from here."
+            "hub id that can be reached from here or is in the hub's cache."
         ) from error
 
 
@@ -123,23 +129,29 @@ def _blank(config: Any) -> nn.Module:
 
 
 def _weight_bytes(
-    model: nn.Module, unquantised: list[str], itemsize: int, quantization: str | None
+    model: nn.Module, family: type[Family], itemsize: int, quantization: Quantization | None
 ) -> Iterator[int]:
-    """Of each parameter; the linear layers outside of `unquantised` as bitsandbytes stores them."""
-    quantised = {
-        id(module.weight): module
-        for name, module in model.named_modules()
-        if quantization and isinstance(module, nn.Linear) and not name.startswith(tuple(unquantised))
-    }
+    """Of each parameter; the linear layers that are quantised as bitsandbytes stores them."""
+    quantized = {} if quantization is None else _linear_layers(model, quantization.spared(family.outside))
     for parameter in model.parameters():
-        layer = quantised.get(id(parameter))
-        if layer is None:
+        layer = quantized.get(id(parameter))
+        if layer is None or quantization is None:
             yield parameter.numel() * itemsize
-        elif quantization == "int8":
+        elif quantization.kind == "int8":
             yield parameter.numel() + 4 * layer.out_features
         else:
             scales = -(-parameter.numel() // NF4_BLOCK)
-            yield -(-parameter.numel() // 2) + scales + 4 * -(-scales // NF4_SCALES)
+            doubly = scales + 4 * -(-scales // NF4_SCALES)
+            yield -(-parameter.numel() // 2) + (doubly if quantization.double_quant else 4 * scales)
+
+
+def _linear_layers(model: nn.Module, spared: list[str]) -> dict[int, nn.Linear]:
+    """By the id of its weight, each linear layer that is in none of the modules named."""
+    return {
+        id(module.weight): module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not f"{name}.".startswith(tuple(f"{one}." for one in spared))
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +170,6 @@ class _Request:
         width, inner, layers = text.hidden_size, text.intermediate_size, text.num_hidden_layers
         head = getattr(text, "head_dim", None) or width // text.num_attention_heads
         kv_width = head * text.num_key_value_heads
-        macs = layers * (2 * n * width * (width + kv_width) + 2 * n * n * width + 3 * n * width * inner)
         prefill_row = 4 * width + 2 * kv_width + 2 * inner
         return Need(
             visual_tokens=visual,
@@ -166,11 +177,56 @@ class _Request:
             weight_bytes=self.weight_bytes,
             kv_bytes=2 * layers * n * kv_width * self.itemsize,
             activation_bytes=max(n * prefill_row, self.original * self._tower_row()) * self.itemsize,
-            prefill_flops=2 * macs,
+            prefill_flops=decoder_flops(text, n, n),
         )
 
     def _tower_row(self) -> int:
-        """What the tower holds of a patch: input, residual, queries, keys, values, output, the MLP's row."""
+        """What the tower holds of a visual token: input, residual, query, key, value, output, MLP row."""
         tower = self.config.vision_config
-        ratio = getattr(tower, "mlp_ratio", None)  # DINOv2 has no `intermediate_size`
-        return int(6 * tower.hidden_size + (ratio * tower.hidden_size if ratio else tower.intermediate_size))
+        patches = getattr(tower, "spatial_merge_size", 1) ** 2  # Qwen2.5-VL makes one token of so many
+        return int(patches * (6 * tower.hidden_size + _tower_inner(tower)))
+
+
+@dataclass(frozen=True, slots=True)
+class StageFlops:
+    """Floating point operations that an answer in LLaVA's shape cannot do without, by stage.
+
+    vision: the tower of N patches, d wide, as far as its output is used, and the projector for the K that
+        stay: 2 * (N * 3 p^2 d + B * (4 n d^2 + 2 n^2 d + 2 n d m) + K * w (d + w)) for n = N + 1 tokens, B
+        blocks with MLPs of m, patches of p pixels, and a language model w wide.
+    prefill: see `Need`, and the head for one token. token: the first decoding step after it.
+    """
+
+    vision: int
+    prefill: int
+    token: int
+
+
+def stage_flops(config: Any, kept: int, text_tokens: int) -> StageFlops:
+    """Of one picture with `kept` visual tokens, and a prompt with `text_tokens` others."""
+    tower, text, prompt = config.vision_config, config.get_text_config(), kept + text_tokens
+    patches, width, wide = config.image_seq_length, tower.hidden_size, text.hidden_size
+    tokens, blocks = patches + 1, config.vision_feature_layer % (tower.num_hidden_layers + 1)
+    block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * _tower_inner(tower)
+    embedding = patches * 3 * tower.patch_size**2 * width
+    head = 2 * wide * text.vocab_size
+    return StageFlops(
+        vision=2 * (embedding + blocks * block + kept * wide * (width + wide)),
+        prefill=decoder_flops(text, prompt, prompt) + head,
+        token=decoder_flops(text, 1, prompt + 1) + head,
+    )
+
+
+def decoder_flops(text: Any, tokens: int, context: int) -> int:
+    """Of a language model's layers, for so many tokens that see `context`, themselves included."""
+    width = text.hidden_size
+    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    kv_width = head * text.num_key_value_heads
+    layer = 2 * width * (width + kv_width) + 2 * context * width + 3 * width * text.intermediate_size
+    return int(2 * tokens * text.num_hidden_layers * layer)
+
+
+def _tower_inner(tower: Any) -> int:
+    """Width of the tower's MLP."""
+    ratio = getattr(tower, "mlp_ratio", None)  # DINOv2 has no `intermediate_size`
+    return int(ratio * tower.hidden_size if ratio else tower.intermediate_size)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from prismprune.caching import EncodingCache
     from prismprune.loading import Loaded, Progress
+    from prismprune.quantization import Quantization
     from prismprune.session import Pending
 
 __all__ = ["AnswerStream", "EncodedMedia", "GenerationOptions", "PrunedVLM", "VisualRequest"]
@@ -69,7 +70,7 @@ class PrunedVLM:
         revision: str | None = None,
         dtype: str = "auto",
         device: str = "auto",
-        quantization: str | None = None,
+        quantization: str | Quantization | None = None,
         layout: str | None = None,
         progress: Progress | None = None,
     ) -> PrunedVLM:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
 
+from prismprune.demo import CHAT_TEMPLATE, WEIGHTS
 from prismprune.demo.parts import LANGUAGE, VISION, Progress, fetch
-from prismprune.settings import LibrarySettings
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import (
         Dinov2Model,
         LlamaForCausalLM,
@@ -33,42 +32,8 @@ _RENAMES = (
     ("attention.attention.value", "attention.v_proj"),
     ("attention.output.dense", "attention.o_proj"),
 )
-WEIGHTS = Path(__file__).parent / "weights"
-"""What this project trained: projector and low-rank adapter."""
-# Pictures first, then the question; the answer follows at once, so that a question costs few tokens.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] != 'assistant' %}{{ '<|im_start|>' }}{% endif %}"
-    "{% if message['role'] == 'system' %}{{ 'system\n' }}{% endif %}"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
-    "{% endif %}{{ '<|im_end|>' }}{% endfor %}"
-)
 IMAGE_MEAN, IMAGE_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _STEPS = 5
-
-
-def assembled(progress: Progress | None = None, weights: Path = WEIGHTS) -> Path:
-    """Directory of the assembled checkpoint in the cache, made if it is not there."""
-    target = LibrarySettings().cache_dir / "demo" / _version(weights)
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            made = Path(scratch) / "checkpoint"
-            assemble(made, weights, progress)
-            # Another process may have been faster; a full directory is never replaced.
-            if not target.exists():
-                made.replace(target)
-    return target
-
-
-def _version(weights: Path) -> str:
-    """Changes with anything that goes into the checkpoint."""
-    digest = hashlib.sha256((VISION.sha256 + LANGUAGE.sha256 + CHAT_TEMPLATE).encode())
-    for file in sorted(weights.iterdir()):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def assemble(target: Path, weights: Path = WEIGHTS, progress: Progress | None = None) -> None:

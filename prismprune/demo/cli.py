@@ -22,7 +22,6 @@ from rich.table import Table
 
 from prismprune.demo import checkpoint
 from prismprune.demo.clips import draw_clip
-from prismprune.demo.evaluate import CLIPS, EASY_VQA_TEST, SCENES, Report, evaluate
 from prismprune.demo.parts import EASY_VQA, fetch
 from prismprune.demo.questions import HELD_OUT, clip_questions, scene_questions
 from prismprune.demo.scenes import draw_scene
@@ -30,7 +29,7 @@ from prismprune.demo.scenes import draw_scene
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from prismprune.demo.evaluate import Setting
+    from prismprune.evaluation.report import Report, Setting
 
 app = typer.Typer(no_args_is_help=True)
 
@@ -116,18 +115,22 @@ def evaluate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a suite.")] = False,
 ) -> None:
     """Print accuracy by method and budget, on scenes, phrasings and pictures that the model never saw."""
+    from prismprune.demo import evaluate as suites  # noqa: PLC0415 (loads torch)
     from prismprune.vlm import PrunedVLM  # noqa: PLC0415 (loads torch)
 
     vlm = PrunedVLM.from_pretrained(model or "prism-demo")
     console = Console(highlight=False)
-    for suite, number in ((SCENES, pictures), (EASY_VQA_TEST, easy_vqa), (CLIPS, clips)):
+    numbers = {suites.SCENES: pictures, suites.EASY_VQA_TEST: easy_vqa, suites.CLIPS: clips}
+    for suite, number in numbers.items():
         if not number:
             continue
-        report = _last(evaluate(vlm, suite, number), suite, number)
+        report = _last(suites.evaluate(vlm, suite, number), suite, number)
         console.print_json(json.dumps(_as_json(report))) if as_json else console.print(*_tables(report))
 
 
 def _last(reports: Iterable[Report], suite: str, number: int) -> Report:
+    from prismprune.evaluation.report import Report  # noqa: PLC0415 (loads torch)
+
     report = Report(suite)
     with _progress() as progress:
         for report in progress.track(reports, total=number, description=suite):  # noqa: B007 (the last one is wanted)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from prismprune.demo.assemble import CHAT_TEMPLATE
+from prismprune.demo import CHAT_TEMPLATE
 from prismprune.demo.clips import draw_clip
 from prismprune.demo.easyvqa import EasyVQA
 from prismprune.demo.packing import IGNORED, Packer, hidden_states

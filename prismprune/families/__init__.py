@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from prismprune.errors import UnknownModelError
 from prismprune.families.llava import LlavaFamily
 from prismprune.families.llava_next import LlavaNextFamily
+from prismprune.families.qwen2_5_vl import Qwen25VLFamily
 from prismprune.families.video_llava import VideoLlavaFamily
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["FAMILIES", "family_of"]
 
 FAMILIES: dict[str, type[Family]] = {
-    family.name: family for family in (LlavaFamily, LlavaNextFamily, VideoLlavaFamily)
+    family.name: family for family in (LlavaFamily, LlavaNextFamily, VideoLlavaFamily, Qwen25VLFamily)
 }
 """`model_type` of a transformers config to its adapter."""
 

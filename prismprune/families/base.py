@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
+from PIL import Image
 
 from prismprune.errors import InvalidOptionError, UnknownModelError
 from prismprune.generation import Prompt
@@ -17,12 +18,13 @@ from prismprune.generation import Prompt
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from PIL.Image import Image
     from torch import Tensor
 
     from prismprune.media import Clip, Picture
 
 
+UNSEEN = Image.new("RGB", (1, 1))
+"""The picture of a view of which only processed pixels are at hand."""
 Box = tuple[int, int, int, int]
 Grid = tuple[int, int]
 """Rows and columns of patches."""
@@ -63,19 +65,23 @@ class View:
     """One image, crop or frame as the vision tower sees it: `media` is its place in the request.
 
     `size` is (width, height) in pixels of the upright original; `time_s` is a frame's time in its clip.
+    `others` are the frames behind it that the tower reads as one with it.
     """
 
-    image: Image
+    image: Image.Image
     size: tuple[int, int]
     media: int
     crop: int | None = None
     frame: int | None = None
     time_s: float | None = None
+    others: tuple[Image.Image, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Pixels:
-    """Preprocessed views of one size: values [B, 3, height, width], of the views at `places`.
+    """Preprocessed views of one size: values [B, ...] as the tower takes them, of the views at `places`.
+
+    grid: of what can be chosen from: patches, or units that the tower merges patches to.
 
     boxes: what each view's patch grid covers, (left, top, right, bottom) in pixels of its original; outside
         of it where the view is padded.
@@ -135,23 +141,48 @@ class KeptPart:
 
 
 @dataclass(frozen=True, slots=True)
+class Positions:
+    """Where the tokens of a medium lie for a language model with positions in three rows.
+
+    tokens: [3, T], slice, row and column of each token that stays, from where the medium begins. advance: how
+    far behind its beginning the next token lies.
+    """
+
+    tokens: Tensor
+    advance: int
+
+
+@dataclass(frozen=True, slots=True)
 class Visual:
     """What one placeholder of a prompt stands for.
 
     features: [T, width], the tokens that take its place, in order; `newlines` of them are only layout.
-    positions: what the family needs to place its tokens, such as grid coordinates [3, T]; None: nothing.
+    positions: of its tokens; None: one after the other, as if they were words.
     """
 
     modality: Modality
     features: Tensor
     newlines: int = 0
-    positions: Tensor | None = None
+    positions: Positions | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Processed:
+    """One medium as the checkpoint's own processor hands it to transformers.
+
+    placeholders: how many tokens of its `modality` the processor writes into the prompt for it.
+    """
+
+    modality: Modality
+    views: tuple[View, ...]
+    placeholders: int
 
 
 class Family(ABC):
     """A loaded model of one family, taken apart into the steps between which tokens are dropped.
 
-    layout: one of the family's `layouts`, how the survivors of a medium are packed; None: the first of them.
+    processor: None where media come `processed` and no prompt is written. layout: one of the family's
+    `layouts`, how the survivors of a medium are packed; None: the first of them.
 
     Raises `UnknownModelError` for a checkpoint that the adapter cannot serve, `InvalidOptionError` for a
     layout that the family does not have.
@@ -162,12 +193,17 @@ class Family(ABC):
     modalities: ClassVar[tuple[Modality, ...]]
     layouts: ClassVar[tuple[str, ...]] = ("native",)
     """"native" is token for token what transformers does."""
+    media_inputs: ClassVar[tuple[str, ...]]
+    """Arguments of the model's `forward` that hold media as its processor makes them, or say how they lie."""
+    outside: ClassVar[Mapping[str, tuple[str, ...]]]
+    """Full names of the modules around the language model's layers, by `quantization.PARTS`: these keep their
+    16 or 32 bits unless asked, every other linear layer is quantised."""
 
-    def __init__(self, model: Any, processor: Any, layout: str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any | None, layout: str | None = None) -> None:
         self.model = model
-        self.processor = processor
+        self.processor: Any = processor
         self.layout = self.chosen_layout(layout)
-        if getattr(processor, "chat_template", None) is None:
+        if processor is not None and getattr(processor, "chat_template", None) is None:
             raise UnknownModelError(
                 "The checkpoint has no chat template, so no prompt can be written for it."
             )
@@ -186,11 +222,6 @@ class Family(ABC):
 
     @staticmethod
     @abstractmethod
-    def unquantised() -> list[str]:
-        """Module names that stay in 16 or 32 bits when the language model is quantised."""
-
-    @staticmethod
-    @abstractmethod
     def visual_tokens_of(config: Any) -> int:
         """Visual tokens of one picture, or clip, before pruning, as far as a config tells."""
 
@@ -201,6 +232,14 @@ class Family(ABC):
     @abstractmethod
     def preprocess(self, views: Sequence[View]) -> list[Pixels]:
         """Resize and normalise as the checkpoint's own processor does; views of one size go together."""
+
+    @abstractmethod
+    def processed(self, inputs: Mapping[str, Tensor]) -> tuple[list[Processed], list[Pixels]]:
+        """The media among `inputs`, which the checkpoint's own processor made, and the pixels of their views.
+
+        `inputs` are those of `media_inputs` that there are. Places count through the views of all media, one
+        medium after the other; sizes and boxes are in processed pixels where the original's are not told.
+        """
 
     @abstractmethod
     def read(self, pixels: Pixels) -> Reading:
@@ -234,7 +273,17 @@ class Family(ABC):
         Control tokens inside the question or the system text are broken up, so that they are read as text.
         Raises `UnknownModelError` if the template does not write one placeholder a visual.
         """
-        ids = self._template_ids(question, system, visuals)
+        return self.filled(self._template_ids(question, system, visuals), visuals)
+
+    def filled(self, ids: Tensor, visuals: Sequence[Visual]) -> Prompt:
+        """The prompt of `ids` [T] that have a single placeholder a visual; raises `UnknownModelError`."""
+        return Prompt(ids.repeat_interleave(self.repeats(ids, visuals)), tuple(visuals))
+
+    def repeats(self, ids: Tensor, visuals: Sequence[Visual]) -> Tensor:
+        """How often each of `ids` [T] stands in the prompt that they are filled to.
+
+        Raises `UnknownModelError` if there is not one placeholder a visual.
+        """
         repeats = torch.ones_like(ids)
         for modality, placeholder in self.placeholder_ids.items():
             own = [visual for visual in visuals if visual.modality == modality]
@@ -245,7 +294,7 @@ class Family(ABC):
                     f"for {len(own)} {modality}s."
                 )
             repeats[marks] = torch.tensor([len(visual.features) for visual in own], dtype=torch.long)
-        return Prompt(ids.repeat_interleave(repeats), tuple(visuals))
+        return repeats
 
     def _template_ids(self, question: str, system: str | None, visuals: Sequence[Visual]) -> Tensor:
         """Token ids [T] with a single placeholder a visual."""

@@ -12,13 +12,25 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from prismprune.errors import UnknownModelError, UnsupportedMediaError
-from prismprune.families.base import Box, Grid, KeptPart, Modality, Pixels, Region, View, Visual
+from prismprune.families.base import (
+    UNSEEN,
+    Box,
+    Grid,
+    KeptPart,
+    Modality,
+    Pixels,
+    Processed,
+    Region,
+    View,
+    Visual,
+)
 from prismprune.families.llava import LlavaFamily
 from prismprune.media import Clip
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from PIL.Image import Image
     from torch import Tensor
 
     from prismprune.media import Picture
@@ -73,13 +85,15 @@ class LlavaNextFamily(LlavaFamily):
     name: ClassVar[str] = "llava_next"
     modalities: ClassVar[tuple[Modality, ...]] = ("image",)
     layouts: ClassVar[tuple[str, ...]] = ("native", PAPER)
+    media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values", "image_sizes")
 
-    def __init__(self, model: Any, processor: Any, layout: str | None = None) -> None:
+    def __init__(self, model: Any, processor: Any | None, layout: str | None = None) -> None:
         super().__init__(model, processor, layout)
         config = model.config
         if config.vision_feature_select_strategy != "default":
             raise UnknownModelError("LLaVA-NeXT cannot stitch crops whose CLS token is kept.")
-        if _pairs(processor.image_processor.image_grid_pinpoints) != _pairs(config.image_grid_pinpoints):
+        expected = _pairs(config.image_grid_pinpoints)
+        if processor is not None and _pairs(processor.image_processor.image_grid_pinpoints) != expected:
             raise UnknownModelError("The checkpoint's processor cuts other crops than its model expects.")
 
     @staticmethod
@@ -98,33 +112,51 @@ class LlavaNextFamily(LlavaFamily):
         return sum(candidates.area for candidates in self._candidates(mosaic))
 
     def views(self, media: Sequence[Picture | Clip]) -> list[View]:
-        views = []
+        views: list[View] = []
         for place, item in enumerate(media):
             if isinstance(item, Clip):
                 raise UnsupportedMediaError("LLaVA-NeXT answers about pictures, not about videos.")
-            crops = range(1 + len(self._mosaic(item.size).places))
-            views += [View(item.image, item.size, place, crop=crop) for crop in crops]
+            views += self._crops(place, item.image, item.size)
         return views
 
     def preprocess(self, views: Sequence[View]) -> list[Pixels]:
-        tower, values, boxes, candidates = self._tower("image"), [], [], []
-        for view in views:
-            if view.crop == 0:
-                mosaic = self._mosaic(view.size)
-                values.append(
-                    self.processor.image_processor(view.image, return_tensors="pt")["pixel_values"][0]
-                )
-                boxes += [(0, 0, *view.size), *self._boxes(view.size, mosaic)]
-                candidates += self._candidates(mosaic)
-        return [
-            Pixels(
-                places=tuple(range(len(views))),
-                values=torch.cat(values).to(tower.device, tower.dtype),
-                grid=mosaic.grid,
-                boxes=tuple(boxes),
-                candidates=tuple(candidates),
-            )
-        ]
+        processor = self.processor.image_processor
+        wholes = [view for view in views if view.crop == 0]
+        values = [processor(view.image, return_tensors="pt")["pixel_values"][0] for view in wholes]
+        return [self._cut(values, [view.size for view in wholes])]
+
+    def processed(self, inputs: Mapping[str, Tensor]) -> tuple[list[Processed], list[Pixels]]:
+        sizes = [(width, height) for height, width in inputs["image_sizes"].tolist()]
+        media = []
+        for place, size in enumerate(sizes):
+            mosaic = self._mosaic(size)
+            newlines = mosaic.shown.shape[0]  # written in every layout, as transformers knows but one
+            tokens = mosaic.side**2 + mosaic.shown.area + newlines
+            media.append(Processed("image", tuple(self._crops(place, UNSEEN, size)), tokens))
+        # Pictures with fewer crops than others are filled up with crops of nothing.
+        pixels = zip(inputs["pixel_values"], media, strict=True)
+        return media, [self._cut([own[: len(medium.views)] for own, medium in pixels], sizes)]
+
+    def _crops(self, place: int, image: Image, size: tuple[int, int]) -> list[View]:
+        crops = range(1 + len(self._mosaic(size).places))
+        return [View(image, size, place, crop=crop) for crop in crops]
+
+    def _cut(self, values: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Pixels:
+        """Pictures of (width, height) `sizes`, each as its views [V, 3, edge, edge], one after the other."""
+        tower, side = self._tower("image"), self._mosaic(sizes[0]).grid
+        boxes: list[Box] = []
+        candidates: list[Region] = []
+        for size in sizes:
+            mosaic = self._mosaic(size)
+            boxes += [(0, 0, *size), *self._boxes(size, mosaic)]
+            candidates += self._candidates(mosaic)
+        return Pixels(
+            places=tuple(range(len(boxes))),
+            values=torch.cat(list(values)).to(tower.device, tower.dtype),
+            grid=side,
+            boxes=tuple(boxes),
+            candidates=tuple(candidates),
+        )
 
     def _mosaic(self, size: tuple[int, int]) -> Mosaic:
         """How a picture of (width, height) is cut."""

@@ -9,11 +9,11 @@ import torch
 from transformers import VideoLlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from prismprune.families.base import KeptPart, Modality, Pixels, View, Visual
+from prismprune.families.base import UNSEEN, KeptPart, Modality, Pixels, Processed, View, Visual
 from prismprune.families.llava import LlavaFamily, sizes_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import Tensor
 
@@ -29,14 +29,15 @@ class VideoLlavaFamily(LlavaFamily):
     """
 
     name: ClassVar[str] = "video_llava"
+    media_inputs: ClassVar[tuple[str, ...]] = ("pixel_values_images", "pixel_values", "pixel_values_videos")
+    outside: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        **LlavaFamily.outside,
+        "vision": ("model.image_tower", "model.video_tower"),
+    }
 
     @staticmethod
     def load(path: str, **options: Any) -> Any:
         return VideoLlavaForConditionalGeneration.from_pretrained(path, **options)
-
-    @staticmethod
-    def unquantised() -> list[str]:
-        return ["model.image_tower", "model.video_tower", "model.multi_modal_projector", "lm_head"]
 
     @staticmethod
     def visual_tokens_of(config: Any) -> int:
@@ -77,6 +78,24 @@ class VideoLlavaFamily(LlavaFamily):
         processor = self.processor.video_processor
         processed = processor(clips, do_sample_frames=False, input_data_format="channels_last")
         return [torch.as_tensor(clip)[0] for clip in processed["pixel_values_videos"]]
+
+    def processed(self, inputs: Mapping[str, Tensor]) -> tuple[list[Processed], list[Pixels]]:
+        media: list[Processed] = []
+        pixels: list[Pixels] = []
+        # Its image processor and its `forward` have different names for pictures.
+        pictures = inputs.get("pixel_values", inputs.get("pixel_values_images"))
+        if pictures is not None:
+            pixels.append(self._processed(pictures, 0))
+            media += self._stills(pixels[0])
+        if "pixel_values_videos" in inputs:
+            clips = inputs["pixel_values_videos"]
+            frames = self._processed(clips.flatten(0, 1), len(media), "video")
+            tokens = clips.shape[1] * (frames.grid[0] * frames.grid[1] + self._prefix("video"))
+            pixels.append(frames)
+            for place in range(len(media), len(media) + len(clips)):
+                views = [View(UNSEEN, UNSEEN.size, place, frame=frame) for frame in range(clips.shape[1])]
+                media.append(Processed("video", tuple(views), tokens))
+        return media, pixels
 
     def arrange(self, parts: Sequence[KeptPart]) -> list[Visual]:
         if parts[0].view.frame is None:

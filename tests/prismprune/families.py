@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.video_utils import VideoMetadata
 
 from prismprune.media import Clip, Picture
 from tests.prismprune.reference import prism, split
@@ -17,6 +18,7 @@ from tests.prismprune.tiny import (
     picture,
     save_tiny_llava,
     save_tiny_llava_next,
+    save_tiny_qwen,
     save_tiny_video_llava,
 )
 
@@ -33,7 +35,10 @@ CHECKPOINTS = {
     "llava_next-llama": save_tiny_llava_next,
     "llava_next-mistral": lambda path: save_tiny_llava_next(path, text="mistral"),
     "video_llava": save_tiny_video_llava,
+    "qwen2_5_vl": save_tiny_qwen,
 }
+BY_CLS = tuple(name for name in CHECKPOINTS if name != "qwen2_5_vl")
+"""Those whose tower has a CLS token that scores are read from."""
 SIZES = {"wide": (90, 40), "tall": (30, 70), "square": (56, 56), "panorama": (300, 50), "large": (220, 190)}
 
 
@@ -55,7 +60,9 @@ MIXED: dict[str, Media] = {
     "picture and clip": [still("tall", 3), clip(2)],
     "clip and pictures": [clip(4), still("wide", 4), still("large", 5)],
 }
-MEDIA = {name: PICTURES | (CLIPS | MIXED if name == "video_llava" else {}) for name in CHECKPOINTS}
+MEDIA = {
+    name: PICTURES | (CLIPS | MIXED if name in ("video_llava", "qwen2_5_vl") else {}) for name in CHECKPOINTS
+}
 """What each checkpoint is asked about."""
 CASES = [(name, media) for name, own in MEDIA.items() for media in own]
 
@@ -77,8 +84,14 @@ class Transformers:
             [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
             add_generation_prompt=True,
         )
+        times = {}
+        if self.model.config.model_type == "qwen2_5_vl" and videos:  # it has no word for time but positions
+            times["video_metadata"] = [
+                VideoMetadata(len(frames), fps=2.0, frames_indices=list(range(len(frames))))
+                for frames in videos
+            ]
         inputs = self.processor(
-            text=prompt, images=images or None, videos=videos or None, return_tensors="pt"
+            text=prompt, images=images or None, videos=videos or None, return_tensors="pt", **times
         )
         if "pixel_values_images" in inputs:  # the name that Video-LLaVA's image processor still gives
             inputs["pixel_values"] = inputs.pop("pixel_values_images")

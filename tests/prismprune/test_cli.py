@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from prismprune.cli import app
 from prismprune.errors import InvalidOptionError, PartsUnavailableError
-from tests.prismprune.tiny import PATCHES, picture, save_tiny_llava
+from tests.prismprune.tiny import PATCHES, picture, save_tiny_llava, save_tiny_llava_next
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -92,6 +92,31 @@ def test_a_gif_becomes_a_clip_when_frames_are_asked_for(checkpoint: str, tmp_pat
     assert json.loads(result.stdout)["visual_tokens"]["original"] == 4 * PATCHES
 
 
+def test_how_weights_are_stored_is_said_in_options(checkpoint: str, image: str) -> None:
+    """A kind, and what differs from its defaults: the model that answers is loaded so, and planned so."""
+    options = ["--quantization", "nf4", "--compute-dtype", "float32", "--no-double-quant"]
+    options += ["--quantize-also", "vision", "--quantize-also", "head"]
+    asked = ["answer", image, "What is it?", "--model", checkpoint, "--max-new-tokens", "2", "--json"]
+    result = run(app, [*asked, *options])
+    assert result.exit_code == 0, result.stderr
+    planned = json.loads(run(app, ["plan", checkpoint, "--json", *options]).stdout)
+    assert planned["quantization"] == "nf4 float32 single +vision +head"
+    smaller = json.loads(run(app, ["plan", checkpoint, "--json", "--quantization", "nf4"]).stdout)
+    assert smaller["quantization"] == "nf4"
+    assert smaller["budget"]["weight_bytes"] != planned["budget"]["weight_bytes"]
+
+
+def test_crops_can_be_packed_as_the_paper_does(tmp_path: Path, image: str) -> None:
+    """LLaVA-NeXT's other layout has no newline tokens."""
+    model = str(save_tiny_llava_next(tmp_path / "next"))
+    asked = ["answer", image, "What is it?", "--model", model, "--max-new-tokens", "2", "--json"]
+    native = json.loads(run(app, asked).stdout)["visual_tokens"]
+    paper = json.loads(run(app, [*asked, "--layout", "paper"]).stdout)["visual_tokens"]
+    assert native["newlines"] > 0
+    assert paper["newlines"] == 0
+    assert paper["original"] % PATCHES == 0
+
+
 def test_the_kept_tokens_can_be_drawn(checkpoint: str, image: str, tmp_path: Path) -> None:
     """--save-map writes a PNG."""
     drawn = tmp_path / "kept.png"
@@ -111,6 +136,9 @@ def test_the_kept_tokens_can_be_drawn(checkpoint: str, image: str, tmp_path: Pat
         (["--max-new-tokens", "0"], 2, "max_new_tokens"),
         (["--num-frames", "0"], 2, "num_frames"),
         (["--dtype", "float8"], 2, "dtype"),
+        (["--layout", "spiral"], 2, "layout"),
+        (["--quantize-also", "vision"], 2, "quantisation"),
+        (["--quantization", "int8", "--no-double-quant"], 2, "nf4"),
         (["--model", "no/such-model-anywhere"], 1, "No model"),
     ],
 )

@@ -274,6 +274,15 @@ def test_rows_of_a_group_are_of_similar_length(lengths: list[int]) -> None:
         assert min(own) >= 0.75 * max(own)
 
 
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=20), st.integers(1, 6000))
+def test_a_group_has_its_most_tokens_with_the_padding(lengths: list[int], most: int) -> None:
+    """Only a row that is longer by itself exceeds it; every row is in one group."""
+    groups = similar_lengths(dict(enumerate(lengths)), most)
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[row] for row in group) <= most
+
+
 @pytest.mark.parametrize(
     "options",
     [

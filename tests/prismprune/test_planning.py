@@ -14,6 +14,7 @@ from transformers import (
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     PreTrainedConfig,
+    Qwen2_5_VLConfig,
     VideoLlavaConfig,
 )
 from typer.testing import CliRunner
@@ -89,6 +90,24 @@ def test_each_family_knows_its_pictures_tokens(
     assert plan(model, "all").budget == plan(model).everything
     assert plan(model).everything.visual_tokens == tokens
     assert plan(model, 64, visual_tokens=9999).everything.visual_tokens == 9999
+
+
+def test_qwen2_5_vl_7b_is_planned_by_its_own_geometry(tmp_path: Path) -> None:
+    """8.29 G parameters, 56 KiB a token (4 key-value heads), 2 x 2 patches of the tower in each token."""
+    text = {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    }
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
+    Qwen2_5_VLConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    planned = plan(str(tmp_path), 64)
+    assert planned.parameters == pytest.approx(8.29e9, rel=0.001)
+    assert planned.everything.kv_bytes == (576 + 64) * 56 * 2**10
+    assert planned.budget.activation_bytes == 576 * 4 * (6 * 1280 + 3420) * 2
 
 
 def test_the_prefills_operations_follow_the_formula(tmp_path: Path) -> None:

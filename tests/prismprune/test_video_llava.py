@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from prismprune.families import llava
 from prismprune.vlm import PrunedVLM
 from tests.prismprune.families import MEDIA, Transformers, kept, still
 from tests.prismprune.tiny import PATCHES, clip, save_tiny_video_llava
@@ -84,8 +85,12 @@ def test_a_clip_has_one_placeholder(vlm: PrunedVLM) -> None:
         assert (runs, len(places)) == (len(lengths), sum(lengths))
 
 
-def test_clips_of_different_lengths_share_a_run_of_the_tower(vlm: PrunedVLM) -> None:
-    """Frames of all clips go through the video tower together, pictures through the other."""
+@pytest.mark.parametrize("at_once", [1, 64])
+def test_clips_of_different_lengths_share_a_run_of_the_tower(
+    vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """Frames of all clips go through the video tower, as many at once as may; pictures through the other."""
+    monkeypatch.setattr(llava, "VIEWS_PER_CPU_PASS", at_once)
     calls: list[tuple[str, int]] = []
     model = vlm.model.model
     hooks = [
@@ -95,7 +100,7 @@ def test_clips_of_different_lengths_share_a_run_of_the_tower(vlm: PrunedVLM) -> 
     vlm.encode([clip(3), still("tall"), clip(5)], 9)
     for hook in hooks:
         hook.remove()
-    assert sorted(calls) == [("image", 1), ("video", 8)]
+    assert sorted(calls) == [("image", 1), *[("video", min(8, at_once))] * (8 // min(8, at_once))]
 
 
 def test_control_tokens_of_either_kind_in_a_question_are_text(vlm: PrunedVLM) -> None:

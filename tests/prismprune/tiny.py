@@ -23,6 +23,11 @@ from transformers import (
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
     VideoLlavaImageProcessor,
@@ -53,6 +58,13 @@ CHAT_TEMPLATE = (
     "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'video' %}{{ '<video>\n' }}{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+QWEN_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}{{ '<|vision_start|><|image_pad|><|vision_end|>' }}"
+    "{% elif part['type'] == 'video' %}{{ '<|vision_start|><|video_pad|><|vision_end|>' }}"
+    "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -117,6 +129,38 @@ def save_tiny_video_llava(path: Path, *, seed: int = 0, **config: Any) -> Path:
         )
     )
     return _saved(path, model, video_processor(tokenizer, IMAGE_SIZE))
+
+
+def save_tiny_qwen(path: Path, *, seed: int = 0, **vision: Any) -> Path:
+    """Write a model with windows of 2 x 2 units and, among its four blocks, two of full attention."""
+    torch.manual_seed(seed)
+    marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer = tiny_tokenizer(*marks)
+    start, end, image, video = map(tokenizer.convert_tokens_to_ids, marks)
+    text = _text(len(tokenizer)).to_dict() | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    }
+    tower = {
+        "depth": 4,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 4,
+        "out_hidden_size": 32,
+        "fullatt_block_indexes": [0, 2],
+        "window_size": 4 * PATCH_SIZE,
+        "initializer_range": 0.3,
+    }
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            vision_config=tower | vision,
+            text_config={key: value for key, value in text.items() if key != "model_type"},
+            image_token_id=image,
+            video_token_id=video,
+            vision_start_token_id=start,
+            vision_end_token_id=end,
+        )
+    )
+    return _saved(path, model, qwen_processor(tokenizer))
 
 
 def _saved(path: Path, model: Any, processor: Any) -> Path:
@@ -218,6 +262,19 @@ def video_processor(tokenizer: PreTrainedTokenizerFast, edge: int) -> VideoLlava
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         chat_template=CHAT_TEMPLATE,
+    )
+
+
+def qwen_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen2_5_VLProcessor:
+    """Qwen2.5-VL's own, for pictures of 16 to 60 tokens and frames of 16 to 30."""
+    unit = (2 * PATCH_SIZE) ** 2
+    pictures = {"shortest_edge": 16 * unit, "longest_edge": 60 * unit}
+    frames = {"shortest_edge": 16 * unit, "longest_edge": 30 * unit}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=pictures),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=frames, cap_pixels_per_frame=False),
+        chat_template=QWEN_CHAT_TEMPLATE,
     )
 
 

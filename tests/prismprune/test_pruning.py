@@ -1,0 +1,327 @@
+"""`prune` around a model in a user's own hands: transformers' calls, with fewer visual tokens."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from transformers import GenerationConfig, pipeline
+
+import prismprune
+from prismprune.errors import InvalidBudgetError, InvalidOptionError, UnknownMethodError
+from prismprune.vlm import PrunedVLM
+from tests.prismprune.families import CASES, CHECKPOINTS, MEDIA, Transformers, still
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+QUESTION, LENGTH = "What is it?", 8
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {name: CHECKPOINTS[name](tmp_path_factory.mktemp(name)) for name in CHECKPOINTS}
+
+
+@pytest.fixture(scope="module")
+def own(checkpoints: dict[str, Path]) -> dict[str, Transformers]:
+    """Models and processors as their users hold them."""
+    return {name: Transformers(path) for name, path in checkpoints.items()}
+
+
+@pytest.fixture(scope="module")
+def llava(own: dict[str, Transformers]) -> Transformers:
+    return own["llava"]
+
+
+def pruned(user: Transformers, budget: Any, **options: Any) -> prismprune.Pruning:
+    return prismprune.prune(user.model, budget, **options)
+
+
+@pytest.mark.parametrize(("name", "media"), CASES)
+def test_all_tokens_change_nothing(own: dict[str, Transformers], name: str, media: str) -> None:
+    """Budget all: the token ids of transformers, and so its placeholders to the last."""
+    inputs = own[name].inputs(MEDIA[name][media], QUESTION)
+    expected = own[name].answer(inputs, LENGTH)
+    with pruned(own[name], "all") as pruning:
+        assert own[name].answer(inputs, LENGTH) == expected
+    assert all(row.visual_tokens.kept == row.visual_tokens.original for row in pruning.encoded)
+
+
+@pytest.mark.parametrize(("name", "media"), [case for case in CASES if case[1] != "clip and pictures"])
+def test_it_keeps_and_says_what_a_pruned_vlm_does(
+    own: dict[str, Transformers], checkpoints: dict[str, Path], name: str, media: str
+) -> None:
+    """The same tokens stay as for the same media and question, and the same answer comes of them.
+
+    Not where Video-LLaVA's template turns the order of the media around, by which a budget's remainders go.
+    """
+    vlm = PrunedVLM.from_pretrained(checkpoints[name])
+    expected = vlm.answer(MEDIA[name][media], QUESTION, 9, max_new_tokens=LENGTH)
+    with pruned(own[name], 9) as pruning:
+        ids = own[name].answer(own[name].inputs(MEDIA[name][media], QUESTION), LENGTH)
+    assert ids == expected.token_ids
+    assert pruning.encoded[0].visual_tokens == expected.visual_tokens
+    assert [part.kept for part in pruning.encoded[0].token_map] == [p.kept for p in expected.token_map]
+
+
+def test_rows_of_a_batch_are_requests_of_their_own(own: dict[str, Transformers]) -> None:
+    """Pictures of many crops and few, two and one: each row keeps the budget, and answers as alone."""
+    user = own["llava_next-llama"]
+    rows = [[still("large")], [still("wide", 1), still("tall", 2)], [still("panorama", 3)]]
+    questions = ["What?", "And what is that?", "Why?"]
+    alone = [user.inputs(row, question) for row, question in zip(rows, questions, strict=True)]
+    user.processor.tokenizer.padding_side = "left"
+    images = [[item.image for item in row] for row in rows]
+    prompts = [user.processor.tokenizer.decode(one["input_ids"][0]) for one in alone]
+    marks = [_once_each(prompt) for prompt in prompts]
+    batch = user.processor(
+        text=marks, images=images, padding=True, return_tensors="pt", add_special_tokens=False
+    )
+    with pruned(user, 10) as pruning:
+        expected = [user.answer(one, LENGTH) for one in alone]
+        output = user.model.generate(**batch, max_new_tokens=LENGTH, do_sample=False)
+    assert [row.visual_tokens.kept for row in pruning.encoded] == [10, 10, 10]
+    assert torch.equal(output[:, : batch["input_ids"].shape[1]], batch["input_ids"])
+    end = user.model.generation_config.eos_token_id
+    answers = output[:, batch["input_ids"].shape[1] :].tolist()
+    assert [tuple(_until(answer, end)) for answer in answers] == expected
+
+
+def _once_each(prompt: str) -> str:
+    """A prompt with one placeholder a picture, as it was before its processor."""
+    return "<image>".join(part for part in prompt.split("<image>") if part)
+
+
+def _until(ids: list[int], end: int) -> list[int]:
+    return ids[: ids.index(end)] if end in ids else ids
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False},
+        {"do_sample": True, "temperature": 0.8, "num_return_sequences": 3},
+        {"do_sample": False, "return_dict_in_generate": True, "output_scores": True},
+    ],
+    ids=["beams", "several beams", "sampling", "dictionary"],
+)
+def test_every_way_to_generate_gives_sequences_behind_the_callers_prompt(
+    llava: Transformers, options: dict[str, Any]
+) -> None:
+    """As many sequences as asked for, each the whole unpruned prompt and new tokens."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    with pruned(llava, 5):
+        torch.manual_seed(0)
+        output = llava.model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **options)
+    sequences = output if torch.is_tensor(output) else output.sequences
+    assert sequences.shape == (options.get("num_return_sequences", 1), inputs["input_ids"].shape[1] + 4)
+    for sequence in sequences:
+        assert torch.equal(sequence[:-4], inputs["input_ids"][0])
+
+
+def test_max_length_counts_the_callers_prompt(llava: Transformers) -> None:
+    """The shorter prompt inside does not make answers longer."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    length = inputs["input_ids"].shape[1] + 3
+    with pruned(llava, 2):
+        output = llava.model.generate(**inputs, max_length=length, min_new_tokens=3, do_sample=False)
+    assert output.shape[1] == length
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_forward_gives_logits_and_loss_of_the_shorter_sequence(llava: Transformers, side: str) -> None:
+    """Labels are cut with the ids, padding stays on the caller's side, and gradients flow."""
+    one, two = (llava.inputs([still("wide", seed)], "?" * (1 + 4 * seed)) for seed in (0, 1))
+    length = two["input_ids"].shape[1]
+    pad = length - one["input_ids"].shape[1]
+    shift = (pad, 0) if side == "left" else (0, pad)
+    ids = torch.cat([torch.nn.functional.pad(one["input_ids"], shift), two["input_ids"]])
+    mask = torch.cat([torch.nn.functional.pad(one["attention_mask"], shift), two["attention_mask"]])
+    labels = ids.masked_fill(mask == 0, -100)
+    pixels = torch.cat([one["pixel_values"], two["pixel_values"]])
+    with pruned(llava, 6) as pruning:
+        together = llava.model(input_ids=ids, attention_mask=mask, pixel_values=pixels, labels=labels)
+        together.loss.backward()
+        alone = llava.model(**two)
+    original = pruning.encoded[0].visual_tokens.original
+    assert together.logits.shape[1] == length - original + 6
+    torch.testing.assert_close(together.logits[1], alone.logits[0], atol=1e-4, rtol=1e-4)
+    assert llava.model.lm_head.weight.grad.abs().sum() > 0
+    llava.model.zero_grad()
+
+
+def test_calls_without_media_are_as_ever(llava: Transformers) -> None:
+    """Text alone, by name or by position, is not touched."""
+    ids = torch.tensor([[7, 8, 9]])
+    expected = llava.model.generate(ids, max_new_tokens=4, do_sample=False), llava.model(ids).logits
+    with pruned(llava, 5) as pruning:
+        assert torch.equal(llava.model.generate(ids, max_new_tokens=4, do_sample=False), expected[0])
+        assert torch.equal(llava.model(ids).logits, expected[1])
+    assert pruning.encoded == ()
+
+
+def test_the_model_is_as_before_at_the_end(llava: Transformers) -> None:
+    """Also after an error inside, and with a function that another library has put in place."""
+    model = llava.model
+    inputs = llava.inputs([still("wide")], QUESTION)
+    expected = llava.answer(inputs, LENGTH)
+
+    def hooked(*args: Any, **kwargs: Any) -> Any:
+        return type(model).forward(model, *args, **kwargs)
+
+    model.forward = hooked
+    with pytest.raises(RuntimeError, match="on purpose"), pruned(llava, 3):
+        raise RuntimeError("on purpose")
+    assert vars(model)["forward"] is hooked
+    del model.forward
+    pruning = pruned(llava, 3)
+    assert inspect.signature(model.forward) == inspect.signature(type(model).forward.__get__(model))
+    pruning.remove()
+    pruning.remove()
+    assert not {"generate", "forward"} & vars(model).keys()
+    assert llava.answer(inputs, LENGTH) == expected
+
+
+def test_a_model_is_pruned_once_at_a_time(llava: Transformers) -> None:
+    """A second pruning is refused, and the first one goes on."""
+    with pruned(llava, 4) as first:
+        with pytest.raises(InvalidOptionError, match="already"):
+            pruned(llava, 2)
+        llava.answer(llava.inputs([still("wide")], QUESTION), 2)
+    assert first.encoded[0].visual_tokens.kept == 4
+
+
+def test_methods_and_layouts_are_those_of_the_library(own: dict[str, Transformers]) -> None:
+    """Also a layout in which the model's own processor writes other placeholders than there are tokens."""
+    user = own["llava_next-llama"]
+    inputs = user.inputs([still("large")], QUESTION)
+    with pruned(user, 12, method="visionzip", layout="paper") as pruning:
+        user.answer(inputs, 3)
+    assert pruning.encoded[0].visual_tokens.method == "visionzip"
+    assert (pruning.encoded[0].visual_tokens.kept, pruning.encoded[0].visual_tokens.newlines) == (12, 0)
+    with pruned(user, "all", layout="paper") as pruning:
+        user.answer(inputs, 3)
+    assert pruning.encoded[0].visual_tokens.kept == 16 * len(pruning.encoded[0].token_map)
+
+
+def test_a_call_may_have_a_budget_of_its_own(llava: Transformers) -> None:
+    """In `generate` and in `forward`; the next call has that of the pruning again."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    kept = []
+    with pruned(llava, 6) as pruning:
+        for own_budget in ({"token_budget": 3}, {}, {"token_budget": "all"}):
+            llava.model.generate(**inputs, max_new_tokens=1, **own_budget)
+            kept.append(pruning.encoded[0].visual_tokens.kept)
+            llava.model(**inputs, **own_budget)
+            kept.append(pruning.encoded[0].visual_tokens.kept)
+    assert kept == [3, 3, 6, 6, 16, 16]
+
+
+def test_several_models_are_pruned_side_by_side(own: dict[str, Transformers]) -> None:
+    """Each with its own budget, and each ends by itself."""
+    llava, qwen = own["llava"], own["qwen2_5_vl"]
+    with pruned(qwen, 5) as second:
+        with pruned(llava, 4) as first:
+            for user in (llava, qwen):
+                user.answer(user.inputs([still("wide")], QUESTION), 2)
+        assert "generate" not in vars(llava.model)
+        assert "generate" in vars(qwen.model)
+    assert [one.encoded[0].visual_tokens.kept for one in (first, second)] == [4, 5]
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_pipeline_answers_as_ever(own: dict[str, Transformers], name: str) -> None:
+    """`pipeline("image-text-to-text")` around a pruned model: its text is that of the pruned tokens."""
+    user, picture = own[name], still("wide")
+    content = [{"type": "image", "image": picture.image}, {"type": "text", "text": QUESTION}]
+    with pruned(user, 6) as pruning:
+        expected = user.answer(user.inputs([picture], QUESTION), LENGTH)
+        ask = pipeline("image-text-to-text", model=user.model, processor=user.processor)
+        (said,) = ask(
+            text=[{"role": "user", "content": content}],
+            return_full_text=False,
+            generate_kwargs={"max_new_tokens": LENGTH, "do_sample": False},
+        )
+    assert pruning.encoded[0].visual_tokens.kept == 6
+    decoded = user.processor.tokenizer.decode(expected, skip_special_tokens=True)
+    assert said["generated_text"].strip() == decoded.strip()
+
+
+def test_arguments_may_come_by_position(llava: Transformers) -> None:
+    """As the model's own signatures have them: nothing is lost, and so nothing goes unpruned."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    config = GenerationConfig(max_length=inputs["input_ids"].shape[1] + 3, min_length=0, do_sample=False)
+    config.eos_token_id, config.pad_token_id = None, 0
+    with pruned(llava, 4) as pruning:
+        by_name = llava.model(**inputs).logits
+        by_place = llava.model(inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]).logits
+        output = llava.model.generate(inputs["input_ids"], config, pixel_values=inputs["pixel_values"])
+    assert torch.equal(by_name, by_place)
+    assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert pruning.encoded[0].visual_tokens.kept == 4
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_row_without_media_goes_along(own: dict[str, Transformers], name: str) -> None:
+    """Text alone beside a picture, padded to its length: each answers as by itself."""
+    user = own[name]
+    inputs = user.inputs([still("wide")], QUESTION)
+    text = torch.tensor([20, 21, 22, 23])
+    ids = torch.stack([inputs["input_ids"][0], torch.zeros_like(inputs["input_ids"][0])])
+    mask = torch.ones_like(ids)
+    ids[1, -4:], mask[1, :-4] = text, 0
+    both = inputs | {"input_ids": ids, "attention_mask": mask}
+    if "mm_token_type_ids" in both:
+        both["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 0, 0, 1))
+    with pruned(user, 4):
+        output = user.model.generate(**both, max_new_tokens=LENGTH, do_sample=False)
+        expected = user.answer(inputs, LENGTH)
+    alone = user.answer({"input_ids": text[None]}, LENGTH)
+    end, length = user.model.generation_config.eos_token_id, ids.shape[1]
+    assert [tuple(_until(row, end)) for row in output[:, length:].tolist()] == [expected, alone]
+
+
+def test_what_is_drawn_by_chance_is_drawn_from_the_pruned_prompt(llava: Transformers) -> None:
+    """With one seed: the same draws twice, and those of the same prompt with features in place of pixels."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    drawn = []
+    for _ in range(2):
+        with pruned(llava, 5) as pruning:
+            torch.manual_seed(3)
+            output = llava.model.generate(**inputs, max_new_tokens=LENGTH, do_sample=True, temperature=1.5)
+            drawn.append(output[0, inputs["input_ids"].shape[1] :])
+    assert torch.equal(*drawn)
+    (visual,) = pruning.encoded[0].visuals
+    family = PrunedVLM.from_pretrained(llava.model.name_or_path)._family
+    prompt = family.prompt(QUESTION, None, [visual])
+    torch.manual_seed(3)
+    by_hand = llava.model.generate(
+        input_ids=prompt.token_ids[None],
+        **family.visual_inputs([visual]),
+        max_new_tokens=LENGTH,
+        do_sample=True,
+        temperature=1.5,
+    )
+    assert torch.equal(by_hand[0, len(prompt.token_ids) :], drawn[0])
+
+
+def test_what_cannot_be_pruned_is_said(llava: Transformers) -> None:
+    """Budgets and methods that are none, ids that are missing or of other pictures."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    with pytest.raises(InvalidBudgetError):
+        pruned(llava, 0)
+    with pytest.raises(UnknownMethodError):
+        pruned(llava, 4, method="magic")
+    with pruned(llava, 4):
+        with pytest.raises(InvalidOptionError, match="input_ids"):
+            llava.model.generate(pixel_values=inputs["pixel_values"])
+        with pytest.raises(InvalidOptionError, match="position_ids"):
+            llava.model(**inputs, position_ids=torch.arange(inputs["input_ids"].shape[1])[None])
+        with pytest.raises(InvalidOptionError, match="do not belong"):
+            llava.model(input_ids=inputs["input_ids"][:, 3:], pixel_values=inputs["pixel_values"])
+        with pytest.raises(InvalidOptionError, match="more pixels"):
+            llava.model(input_ids=inputs["input_ids"], pixel_values=inputs["pixel_values"].repeat(2, 1, 1, 1))

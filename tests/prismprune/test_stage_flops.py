@@ -1,0 +1,42 @@
+"""The arithmetic that benchmarks hold the stages against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from prismprune import PrunedVLM
+from prismprune.planning import stage_flops
+from prismprune.session import Asked
+from tests.prismprune.tiny import picture, save_tiny_llava
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+KEPT = 6
+
+
+def counted(work: Callable[[], object]) -> int:
+    """Operations of every matrix product that is really done."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("tower", ["clip", "dinov2"])
+def test_the_stages_do_nothing_beyond_their_arithmetic(tmp_path: Path, tower: str) -> None:
+    """All that torch counts is in the formulas: blocks whose output is not used do not run."""
+    vlm = PrunedVLM.from_pretrained(save_tiny_llava(tmp_path, tower=tower))
+    encoded = vlm.encode(picture(), KEPT)
+    session = vlm.session()
+    request = session.prepare(Asked(encoded, ("What is it?",)))
+    expected = stage_flops(vlm.model.config, KEPT, len(request.prompts[0].token_ids) - KEPT)
+    scores = 2 * (16 + 1) * 32  # the CLS query with all keys, 32 wide; `uniform` selects without a product
+    assert counted(lambda: vlm.encode(picture(), KEPT, method="uniform")) == expected.vision + scores
+    assert counted(lambda: session.join([request])) == expected.prefill
+    session.step()
+    assert counted(session.step) == expected.token
