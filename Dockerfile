@@ -21,8 +21,8 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 # The front end takes one extra without the library's own dependencies: an extra cannot leave those out.
 RUN python3 -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; e = p['optional-dependencies']; \
-open('service.txt', 'w').write('\n'.join(e['service'])); \
-open('worker.txt', 'w').write('\n'.join(p['dependencies'] + e['worker'] + e['demo'] + e['quantization']))"
+open('service.txt', 'w').write('\n'.join(e['service'] + e['tracing'])); \
+open('worker.txt', 'w').write('\n'.join(p['dependencies'] + e['worker'] + e['demo'] + e['quantization'] + e['tracing']))"
 
 FROM build AS build-service
 RUN pip install ${PIP_ARGS} --constraint constraints.txt --requirement service.txt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Header
@@ -15,9 +16,10 @@ from service.body import answer_request
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import InvalidRequestError, problem_details
 from service.events import EVENT_STREAM, HEADERS, sent, unless_hung_up, waited_for
+from service.idempotency import MAX_KEY
 from service.ids import new_id
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
-from service.openapi import answer_body, problems
+from service.openapi import RETRY, answer_body, problems
 from service.schemas import JobView
 from worker.contract import AnswerJob, AnswerResult
 
@@ -33,6 +35,14 @@ router = APIRouter(tags=["answers"])
 
 POLL_AFTER_S = 1
 """`Retry-After` of an answer that is not there yet."""
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="The same key, fields and media: the same job, for 24 h.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_KEY},
+    ),
+]
+_LOCATION = {"Location": {"description": "Of the job.", "schema": {"type": "string"}}, **RETRY["headers"]}
 
 
 @router.post(
@@ -41,7 +51,7 @@ POLL_AFTER_S = 1
     response_model=AnswerResult,
     responses={
         200: {"content": EVENT_STREAM, "description": "The answer; with `stream`, server-sent events."},
-        202: {"model": JobView, "description": "Accepted; poll the `Location`."},
+        202: {"model": JobView, "description": "Accepted; poll the `Location`.", "headers": _LOCATION},
         **problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
     },
     openapi_extra={"requestBody": answer_body()},
@@ -51,9 +61,7 @@ async def answer(
     here: Here,
     caller: CallerHere,
     prefer: Annotated[str, Header()] = "",
-    idempotency_key: Annotated[
-        str | None, Header(description="The same key, fields and media: the same job, for 24 h.")
-    ] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Waits for the answer, at most `timeout_s`; then, or at once with `Prefer: respond-async`, 202.
 
@@ -128,7 +136,8 @@ async def _enter(job: AnswerJob, intakes: tuple[Intake, ...], here: Context, cal
     await here.workers.expect(job.model)
     async with here.admission.admit(job.model):
         await here.media.keep(intakes, caller)
-        return await here.jobs.submit(job, caller.owner)
+        with here.tracing.sending(job) if here.tracing else nullcontext(job) as traced:
+            return await here.jobs.submit(traced, caller.owner)
 
 
 def _fingerprint(route: str, asked: AnswerRequest, intakes: tuple[Intake, ...]) -> str:

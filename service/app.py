@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import httpx
@@ -34,8 +34,12 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
 
+    from service.tracing import Tracing
+
 CONNECTIONS = 32
 """To the broker from one process: every use but the shared subscription is a single short command."""
+NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+"""Of FastAPI's own, which would send messages of errors and query strings: they may quote a question."""
 DESCRIPTION = """Ask about images and videos, with a budget of visual tokens per request.
 
 The examples work as they stand. With a file of your own:
@@ -48,11 +52,14 @@ The examples work as they stand. With a file of your own:
 def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     """The application with `settings`, or those of the environment; connects to nothing before it starts."""
     settings = settings or ServiceSettings()
-    counted = Metrics()
+    counted, tracing = Metrics(), _tracing(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with _context(settings, counted) as app.state.context, metrics.serving(app.state.context):
+        async with (
+            _context(settings, counted, tracing) as app.state.context,
+            metrics.serving(app.state.context),
+        ):
             yield
 
     app = FastAPIOffline(  # FastAPI's own /docs takes its scripts from another host, and is blank without it
@@ -61,11 +68,14 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
+        telemetry=NO_TELEMETRY,
         static_url="/docs/static",
     )
     app.add_middleware(BodyLimit, settings=settings)  # the last one added is the outermost
     app.add_middleware(KeyGuard, settings=settings)
     app.add_middleware(Failures)
+    if tracing:
+        app.add_middleware(tracing.middleware)
     app.add_middleware(HttpMetrics, metrics=counted)
     app.add_middleware(RequestId)
     errors.install(app, settings.problem_base_url)
@@ -73,14 +83,20 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         app.include_router(router)
     if not settings.metrics_port:
         app.include_router(metrics.router)
-    openapi.install(app)
+    openapi.install(app, guarded=bool(settings.key_lines))
     return app
 
 
 @asynccontextmanager
-async def _context(settings: ServiceSettings, counted: Metrics) -> AsyncIterator[Context]:
+async def _context(
+    settings: ServiceSettings, counted: Metrics, tracing: Tracing | None
+) -> AsyncIterator[Context]:
     """The parts while the process serves: connections are made on use, and closed at the end."""
-    async with _redis(settings) as redis, httpx.AsyncClient(trust_env=False) as http:
+    async with (
+        tracing.exporting() if tracing else nullcontext(),
+        _redis(settings) as redis,
+        httpx.AsyncClient(trust_env=False) as http,
+    ):
         signals, durability = JobSignals(redis), Durability(redis, settings)
         store, shelf = open_store(settings.media_url), Shelf(redis, settings)
         sweeper = Sweeper(store, shelf, settings)
@@ -97,7 +113,17 @@ async def _context(settings: ServiceSettings, counted: Metrics) -> AsyncIterator
                 rates=RateLimit(redis, settings),
                 admission=Admission(redis, durability, settings),
                 idempotency=Idempotency(redis, settings),
+                tracing=tracing,
             )
+
+
+def _tracing(settings: ServiceSettings) -> Tracing | None:
+    """None where no collector is named; OpenTelemetry is an extra, which need not be installed then."""
+    if settings.tracing_endpoint is None:
+        return None
+    from service.tracing import Tracing  # noqa: PLC0415 - see above
+
+    return Tracing(settings.tracing_endpoint)
 
 
 def _redis(settings: ServiceSettings) -> Redis:

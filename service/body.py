@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from service.errors import (
+    BodyTooLargeError,
     InvalidBudgetError,
     InvalidRequestError,
     MalformedBodyError,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 MULTIPART = "multipart/form-data"
 MAX_PARTS = 64
 """More files or fields than any valid request has: the parser gives up there."""
+MAX_COMMAS = 1 << 17
+"""In a JSON body, texts included: its parser takes a microsecond or two a value, and the loop waits."""
 _LISTS = ("questions", "images", "stop", "include")
 _TEXTS = ("model", "question", "questions", "method", "system", "stop", "include", "image", "images", "video")
 _NAMED_ERRORS: dict[str, type[InvalidRequestError]] = {
@@ -60,10 +63,16 @@ async def answer_request(request: Request) -> AsyncIterator[AnswerRequest]:
 
 
 async def json_body(request: Request) -> bytearray:
-    """The bytes of the body; `request.body()` would keep them for as long as the caller waits."""
-    body = bytearray()
+    """The bytes of the body; `request.body()` would keep them for as long as the caller waits.
+
+    Raises `BodyTooLargeError` for one of so many values that to parse it would take seconds.
+    """
+    body, commas = bytearray(), 0
     async for chunk in request.stream():
         body += chunk
+        commas += chunk.count(b",")
+        if commas > MAX_COMMAS:
+            raise BodyTooLargeError(f"A JSON body may have at most {MAX_COMMAS} commas.")
     return body
 
 

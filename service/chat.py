@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.requests import Request  # noqa: TC002 (fastapi reads the annotations at run time)
 from starlette.responses import JSONResponse, Response
 
-from service.answer import accept
+from service.answer import IdempotencyKey, accept
 from service.body import json_body, refusal
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import DeadlineError, openai_error
 from service.events import HEADERS, unless_hung_up, waited_for
+from service.examples import chat_examples
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import openai_problems
 from service.schemas import ChatRequest
-from worker.contract import EventName, Problem
+from worker.contract import EventName, Memory, Problem, Timings, Usage, VisualTokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -38,22 +39,78 @@ SAID_OTHERWISE = Problem(
 """Only where the temperature is not 0: what was sent cannot be taken back."""
 
 
+class Reply(BaseModel):
+    """What the model says."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class Choice(BaseModel):
+    """The one answer."""
+
+    index: Literal[0]
+    message: Reply
+    logprobs: None
+    finish_reason: str
+
+
+class Pruning(BaseModel):
+    """What was kept of the media, and what it cost; of a plain answer the fields of the same names."""
+
+    visual_tokens: VisualTokens
+    timings: Timings
+    memory: Memory
+    warnings: tuple[str, ...]
+
+
+class ChatCompletion(BaseModel):
+    """OpenAI's reply, with `prismprune` beside."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    choices: tuple[Choice]
+    usage: Usage
+    prismprune: Pruning
+
+
+_STREAM = {
+    "text/event-stream": {
+        "schema": {"type": "object", "properties": {"data": {"type": "string"}}},  # of one event
+        "example": 'data: {"object": "chat.completion.chunk", "choices": [...]}\n\ndata: [DONE]\n\n',
+    }
+}
+
+
 @router.post(
     "/v1/chat/completions",
     summary="As OpenAI's clients ask, with token_budget beside",
-    response_class=JSONResponse,
-    responses=openai_problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+    response_model=ChatCompletion,
+    responses={
+        200: {"content": _STREAM, "description": "The answer; with `stream`, its text as it comes."},
+        **openai_problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+    },
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}},
+            "content": {
+                "application/json": {
+                    "schema": {"$ref": "#/components/schemas/ChatRequest"},
+                    "examples": chat_examples(),
+                }
+            },
         }
     },
 )
-async def complete(request: Request, here: Here, caller: CallerHere) -> Response:
-    """An answer, or with `stream` its text as it comes. A caller who hangs up cancels the job.
+async def complete(
+    request: Request, here: Here, caller: CallerHere, idempotency_key: IdempotencyKey = None
+) -> Response:
+    """An answer, or with `stream` its text as it comes; `prismprune` says what was kept and what it cost.
 
-    `prismprune` in the reply says what was kept and what it cost.
+    A caller who hangs up cancels the job, unless it sent an `Idempotency-Key`.
     """
     with here.metrics.counting_rejections():
         chat = await _chat(request)
@@ -61,13 +118,15 @@ async def complete(request: Request, here: Here, caller: CallerHere) -> Response
             asked = chat.asked()
         except ValidationError as error:
             raise refusal(error) from None
-        key = request.headers.get("idempotency-key")
-        record = await accept(request, here, caller, asked, key=key, followed=False)
+        record = await accept(request, here, caller, asked, key=idempotency_key, followed=False)
     del asked  # its media, while the caller waits
     if chat.stream:
         chunks = _chunks(here, record, chat)
-        return EventSourceResponse(unless_hung_up(here, record, chunks), headers=HEADERS)
-    record = await waited_for(request, here, record, here.settings.timeout_s)
+        kept = chunks if idempotency_key else unless_hung_up(here, record, chunks)
+        return EventSourceResponse(kept, headers=HEADERS)
+    wait_s = here.settings.timeout_s
+    wait = here.jobs.wait(record, wait_s) if idempotency_key else waited_for(request, here, record, wait_s)
+    record = await wait
     if not record.state.terminal:
         await here.jobs.cancel(record)
         raise DeadlineError(f"No answer within {here.settings.timeout_s:g} s; the job was canceled.")

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from service.rates import RateLimit
     from service.settings import ServiceSettings
     from service.shelf import Shelf
+    from service.tracing import Tracing
     from service.workers import Workers
 
 
@@ -38,6 +39,7 @@ class Context:
     rates: RateLimit
     admission: Admission
     idempotency: Idempotency
+    tracing: Tracing | None
 
 
 def _context(request: Request) -> Context:

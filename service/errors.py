@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from http import HTTPStatus
+from http import HTTPMethod, HTTPStatus
 from typing import TYPE_CHECKING
 
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
+from starlette.routing import Match
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -289,6 +290,8 @@ def error_response(request: Request, error: Exception) -> Response:
     """The response to `error`, which need not be one of ours: then it tells nothing but the request's id."""
     if isinstance(error, HTTPException):
         known, headers = _from_status(error.status_code), dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(request))
     else:
         known = error if isinstance(error, ServiceError) else _known(error)
         headers = known.headers
@@ -301,6 +304,16 @@ def error_response(request: Request, error: Exception) -> Response:
         status_code=known.status,
         headers={**headers, "X-Request-Id": request_id},
         media_type="application/json" if openai else "application/problem+json",
+    )
+
+
+def _methods(request: Request) -> list[str]:
+    """Those of every route for the path; the framework names the first route's alone."""
+    routes, scope = request.app.routes, request.scope
+    return sorted(
+        method
+        for method in HTTPMethod
+        if any(route.matches({**scope, "method": method.value})[0] is Match.FULL for route in routes)
     )
 
 

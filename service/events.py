@@ -34,11 +34,18 @@ ALIVE_EVERY_S = 15.0
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM = {
     "text/event-stream": {
-        "schema": {"type": "string"},
+        "schema": {  # of one event
+            "type": "object",
+            "properties": {
+                "event": {"enum": [*EventName]},
+                "data": {"type": "string", "contentMediaType": "application/json"},
+                "id": {"type": "string"},
+            },
+        },
         "example": 'event: token\ndata: {"question": 0, "text": "red"}\nid: 1763852400000-1\n\n',
     }
 }
-_ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
+_ENTRY_ID = re.compile(r"[0-9]{1,20}-[0-9]{1,20}")
 
 
 @router.get(
@@ -51,7 +58,10 @@ _ENTRY_ID = re.compile(r"\d{1,20}-\d{1,20}")
     },
 )
 async def read_events(
-    job_id: str, here: Here, caller: CallerHere, last_event_id: Annotated[str, Header()] = START
+    job_id: str,
+    here: Here,
+    caller: CallerHere,
+    last_event_id: Annotated[str, Header(json_schema_extra={"pattern": f"^{_ENTRY_ID.pattern}$"})] = START,
 ) -> EventSourceResponse:
     """`queued`, `started`, `token`, and the end: `completed` (the result), `failed`, `canceled`, `expired`.
 

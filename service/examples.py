@@ -53,3 +53,20 @@ def answer_examples() -> dict[str, Any]:
             "value": {"images": [scene, scene], "question": "What color is the star?", "token_budget": 128},
         },
     }
+
+
+def chat_examples() -> dict[str, Any]:
+    """OpenAPI examples of `POST /v1/chat/completions`."""
+    parts = [
+        {"type": "image_url", "image_url": {"url": _scene()}},
+        {"type": "text", "text": "What color is the star?"},
+    ]
+    asked = {"model": "prism-demo", "messages": [{"role": "user", "content": parts}], "token_budget": 64}
+    usage = {"stream_options": {"include_usage": True}}
+    return {
+        "one question": {"summary": "A picture, a question, a budget", "value": asked},
+        "streamed": {
+            "summary": "The text as it comes, then the usage",
+            "value": asked | {"stream": True} | usage,
+        },
+    }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import platform
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
+from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import BrokerAwayError
+from service.openapi import RETRY, problems
 
 if TYPE_CHECKING:
     from service.context import Context
@@ -20,6 +22,29 @@ VERSION = version("prismprune")
 LOOK_AGAIN_S = 5
 """`Retry-After` of `/healthz`: a worker reports this often."""
 router = APIRouter(tags=["operations"])
+
+
+class BrokerHealth(BaseModel):
+    """Whether the broker answers."""
+
+    state: Literal["up", "away"]
+
+
+class WorkerHealth(BaseModel):
+    """Workers of the default model: how many were seen lately, and how many of them are warm."""
+
+    state: Literal["warm", "warming", "absent", "unknown"]
+    model: str
+    warm: int | None = None
+    seen: int | None = None
+
+
+class Health(BaseModel):
+    """What `/healthz` says, healthy or not."""
+
+    status: Literal["ok", "unavailable"]
+    broker: BrokerHealth
+    worker: WorkerHealth
 
 
 @router.get("/livez", summary="The process lives")
@@ -34,7 +59,15 @@ async def readyz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/healthz", summary="A question would be answered now")
+@router.get(
+    "/healthz",
+    summary="A question would be answered now",
+    response_model=Health,
+    responses={
+        503: {"model": Health, "description": "It would not be, for want of what is not well.", **RETRY},
+        **problems(401),
+    },
+)
 async def healthz(here: Here) -> JSONResponse:
     """200 only when the broker answers and a worker for the default model is warm, else 503."""
     parts = await _parts(here)
@@ -58,6 +91,6 @@ async def _parts(here: Context) -> dict[str, dict[str, Any]]:
     return {"broker": {"state": "up"}, "worker": worker}
 
 
-@router.get("/version", summary="The build")
+@router.get("/version", summary="The build", responses=problems(401))
 async def build(here: Here) -> dict[str, str | None]:
     return {"version": VERSION, "revision": here.settings.build_revision, "python": platform.python_version()}

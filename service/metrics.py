@@ -25,6 +25,7 @@ from starlette.routing import Route
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import BrokerAwayError, ServiceError
 from service.jobs import broker_within
+from service.openapi import problems
 from worker.contract import queue_name
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Metrics:
         return generate_latest(self.registry).decode()
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get("/metrics", responses=problems(401), summary="Prometheus metrics", response_class=Response)
 async def metrics(here: Here) -> Response:
     """The front end's metrics, then those of each upstream that answers."""
     upstreams = here.settings.metrics_upstreams

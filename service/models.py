@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Path
 from pydantic import BaseModel
 
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
@@ -54,7 +54,9 @@ async def list_models(here: Here) -> ModelList:
     response_model=ModelView,
     responses=problems(401, 404, 503),
 )
-async def read_model(model: str, here: Here) -> ModelView:
+async def read_model(
+    model: Annotated[str, Path(openapi_examples={"the demo": {"value": "prism-demo"}})], here: Here
+) -> ModelView:
     """404 if no worker of the model was seen lately."""
     models = await _models(here)
     for one in models:

@@ -1,8 +1,9 @@
-"""The body of `POST /v1/answer` in the OpenAPI document: FastAPI does not see what the route reads itself."""
+"""What FastAPI does not see of the routes for the OpenAPI document: bodies, refusals, headers, keys."""
 
 from __future__ import annotations
 
 from copy import deepcopy
+from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from service.examples import answer_examples
@@ -13,19 +14,33 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
 _REF = "#/components/schemas/{model}"
+RETRY: dict[str, Any] = {
+    "headers": {
+        "Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer", "minimum": 1}}
+    }
+}
+"""Of a response that says when to come again."""
+_LATER = (429, 503)
+_OPEN_ROUTES = ("/livez", "/readyz")
+_KEY = "api_key"
 _BINARY = {"type": "string", "format": "binary"}
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that answers problems with these statuses."""
     problem = {"application/problem+json": {"schema": {"$ref": _REF.format(model=ProblemDetails.__name__)}}}
-    return {status: {"content": problem, "description": "Problem"} for status in statuses}
+    return {status: _refusal(status, problem, "Problem") for status in statuses}
 
 
 def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """As `problems`, for a route whose callers read OpenAI's errors."""
     error = {"application/json": {"schema": {"$ref": _REF.format(model=OpenAIError.__name__)}}}
-    return {status: {"content": error, "description": "Error"} for status in statuses}
+    return {status: _refusal(status, error, "Error") for status in statuses}
+
+
+def _refusal(status: int, content: dict[str, Any], description: str) -> dict[str, Any]:
+    later = RETRY if status in _LATER else {}
+    return {"content": content, "description": f"{description}: {HTTPStatus(status).phrase}", **later}
 
 
 def answer_body() -> dict[str, Any]:
@@ -53,8 +68,8 @@ def _with_parts(model: type[BaseModel]) -> dict[str, Any]:
     return {**schema.pop("$defs", {}), model.__name__: schema}
 
 
-def install(app: FastAPI) -> None:
-    """Adds the models that only this module's parts refer to."""
+def install(app: FastAPI, *, guarded: bool) -> None:
+    """Adds the models that only this module's parts refer to, and the key that `guarded` routes ask for."""
     generated = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -63,6 +78,17 @@ def install(app: FastAPI) -> None:
         for model in (AnswerRequest, ChatRequest, OpenAIError, ProblemDetails):
             for name, schema in _with_parts(model).items():
                 schemas.setdefault(name, schema)
+        if guarded:
+            _guard(document)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # fastapi's documented way to extend the document
+
+
+def _guard(document: dict[str, Any]) -> None:
+    scheme = {"type": "http", "scheme": "bearer", "description": "A key of `python -m service.keys NAME`."}
+    document["components"]["securitySchemes"] = {_KEY: scheme}
+    document["security"] = [{_KEY: []}]
+    for path in _OPEN_ROUTES:
+        for operation in document["paths"][path].values():
+            operation["security"] = []

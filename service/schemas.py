@@ -13,6 +13,7 @@ from pydantic import (
     InstanceOf,
     StringConstraints,
     Tag,
+    WithJsonSchema,
     model_validator,
 )
 from pydantic.json_schema import SkipJsonSchema
@@ -265,6 +266,12 @@ class ResponseFormat(_Strict):
     type: Literal["text"]
 
 
+def _as_answer(name: str) -> WithJsonSchema:
+    """Taken as it comes, and checked with the rest of the `AnswerRequest`, whose schema it has."""
+    schema = AnswerRequest.model_json_schema()["properties"][name]
+    return WithJsonSchema({key: value for key, value in schema.items() if key != "default"})
+
+
 class ChatRequest(_Strict):
     """OpenAI's request as far as it means something here; the three last are this service's own.
 
@@ -291,9 +298,9 @@ class ChatRequest(_Strict):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
-    token_budget: Annotated[Any, Field(description='Visual tokens of the whole request, or "all".')] = None
-    keep_ratio: Annotated[Any, Field(description="The budget as a part of the visual tokens.")] = None
-    method: Annotated[Any, Field(description="How the visual tokens are chosen.")] = None
+    token_budget: Annotated[Any, _as_answer("token_budget")] = None
+    keep_ratio: Annotated[Any, _as_answer("keep_ratio")] = None
+    method: Annotated[Any, _as_answer("method")] = None
 
     @model_validator(mode="after")
     def _one_turn(self) -> Self:

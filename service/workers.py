@@ -43,8 +43,13 @@ class Workers:
         return [status for status in seen if time.time() - status.seen_at <= WORKER_FRESH_S]
 
     async def expect(self, model: str) -> None:
-        """Raises `UnknownModelError`, `NoWorkerError` or `BrokerAwayError` where a job had no prospect."""
-        await self.fresh()
+        """Raises `UnknownModelError`, `NoWorkerError` or `BrokerAwayError` where a job had no prospect.
+
+        While a heartbeat of that model is recent nobody asks for all of them again, once a request.
+        """
+        recent_s = min(WORKER_FRESH_S, self._settings.worker_grace_s)
+        if time.time() - self._last_seen.get(model, 0) > recent_s:
+            await self.fresh()
         if model not in self._last_seen:
             raise UnknownModelError(f"No such model; served here: {', '.join(self.models)}.")
         if time.time() - self._last_seen[model] > self._settings.worker_grace_s:

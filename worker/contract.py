@@ -25,6 +25,8 @@ DRAIN_STEP_S = 10
 EVENTS_MAXLEN = 4096
 """About so many of a job's events are kept: an answer has 1024 tokens at most, a piece of text an event."""
 MAX_TOKEN_BUDGET = 16384
+REQUEST_ID_ATTRIBUTE, JOB_ID_ATTRIBUTE = "prismprune.request_id", "messaging.message.id"
+"""Of the spans of both sides, where they are traced."""
 
 Modality = Literal["image", "video"]
 Method = Literal[
@@ -185,6 +187,13 @@ class Generation(Frozen):
     system: str | None = None
 
 
+class TraceContext(Frozen):
+    """W3C Trace Context: where in a trace the job was sent, so that the worker's spans go on from there."""
+
+    traceparent: str
+    tracestate: str = ""
+
+
 class AnswerJob(Frozen):
     """One accepted request. Times are Unix seconds. At most one of the two budget fields is set."""
 
@@ -206,6 +215,8 @@ class AnswerJob(Frozen):
     """Whether `token` events are written: somebody may read the text as it comes."""
     created_at: float
     deadline_at: float
+    trace: TraceContext | None = None
+    """None where the front end is not traced."""
 
     @property
     def modality(self) -> Modality:

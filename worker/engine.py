@@ -82,11 +82,15 @@ M = TypeVar("M", bound=Model)
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The answers of one request, the most neighbours it had, and when (monotonic) its turn came."""
+    """The answers of one request, the most neighbours it had, and when (monotonic) its turn came.
+
+    joined: how many requests, itself included, shared its encoding and its prefill.
+    """
 
     answers: list[Answer]
     shared_with: int
     began: float
+    joined: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -147,11 +151,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """A ticket whose request is in the session, since `began` (monotonic)."""
+    """A ticket whose request is in the session since `began` (monotonic), one of `joined` that came then."""
 
     ticket: Ticket
     request: Pending
     began: float
+    joined: int
 
 
 class Engine(Generic[M]):
@@ -287,7 +292,8 @@ class Engine(Generic[M]):
             failure = _kept(error)
         else:
             self._working += [
-                _Work(ticket, request, began) for ticket, request in zip(batch, requests, strict=True)
+                _Work(ticket, request, began, len(batch))
+                for ticket, request in zip(batch, requests, strict=True)
             ]
             self._on_batch(len(self._working))
             return
@@ -327,7 +333,8 @@ class Engine(Generic[M]):
         for work in self._working:
             if work.request.done:
                 answers = self._session.answers(work.request)
-                work.ticket.future.set_result(Answered(answers, work.request.shared_with, work.began))
+                answered = Answered(answers, work.request.shared_with, work.began, work.joined)
+                work.ticket.future.set_result(answered)
         self._working = [work for work in self._working if not work.request.done]
 
     def _answer_apart(self, batch: Sequence[Ticket], failure: Exception) -> None:

@@ -36,6 +36,7 @@ from worker.contract import (
     events_channel,
     events_key,
     job_key,
+    media_key,
     open_jobs_key,
     queue_name,
     redis_url,
@@ -78,6 +79,15 @@ def connect(broker_url: str, *, patient: bool = True) -> Redis:
     )
 
 
+def free(redis: Redis, model: str, owner: str) -> int:
+    """Ends the leases of a worker that is known to be dead; how many jobs it held. The next sweep finds them.
+
+    Raises `RedisError` while the broker is away; the leases then run out.
+    """
+    script = redis.register_script(scripts.FREE)
+    return int(script(keys=[open_jobs_key(model)], args=[f"{owner}:", job_key("")]))
+
+
 @dataclass(slots=True, eq=False)
 class Claim:
     """The right to work on a job, for the `attempt`-th time; `exhausted`: the right to give it up.
@@ -115,11 +125,15 @@ class Settled:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an attempt ended: with a result if it succeeded, else with a problem."""
+    """How an attempt ended: with a result if it succeeded, else with a problem.
+
+    joined: how many requests shared the answer's prefill, itself included.
+    """
 
     state: JobState
     content: AnswerResult | Problem
     dead_letter: DeadLetter | None = None
+    joined: int = 1
 
     @property
     def result(self) -> AnswerResult | None:
@@ -135,17 +149,19 @@ class Jobs:
     """The jobs of one model; remembers which of them this worker has in hand, and which leases it holds.
 
     patient, quick: clients as `connect` makes them, for what has to happen and for what can wait for its next
-    turn. `lease_s`: how long a job stays this worker's without a renewal.
+    turn. `lease_s`: how long a job stays this worker's without a renewal. `owner`: what `free` knows its
+    leases by.
     """
 
     def __init__(
-        self, patient: Redis, quick: Redis, model: str, *, lease_s: float, max_attempts: int
+        self, patient: Redis, quick: Redis, model: str, *, lease_s: float, max_attempts: int, owner: str = ""
     ) -> None:
         self._quick = quick
         self._model = model
         self._lease_s = lease_s
         self._lease_ms = int(lease_s * 1000)
         self._max_attempts = max_attempts
+        self._owner = owner
         self._in_hand: set[str] = set()
         self._in_hand_lock = threading.Lock()
         self._held: dict[str, Claim] = {}
@@ -156,6 +172,7 @@ class Jobs:
         self._renew = quick.register_script(scripts.RENEW)
         self._tell = quick.register_script(scripts.TELL)
         self._sweep = quick.register_script(scripts.SWEEP)
+        self._describe = quick.register_script(scripts.DESCRIBE)
 
     @property
     def running(self) -> int:
@@ -179,7 +196,7 @@ class Jobs:
 
         A job that has lost a worker is claimed only by who runs it `alone`.
         """
-        token, at = uuid4().hex, time.monotonic()
+        token, at = f"{self._owner}:{uuid4().hex}", time.monotonic()
         event = _event(JobState.RUNNING)
         args: _Args = [token, time.time(), job_id, self._lease_ms, self._max_attempts, int(alone), payload]
         args += [events_channel(job_id), event]
@@ -227,6 +244,13 @@ class Jobs:
         """Appends events (name, data as JSON) to the job's stream, once for each `number`, which rises."""
         args: _Args = [claim.token, number, *(part for event in events for part in event)]
         self._tell(keys=[job_key(claim.job_id), events_key(claim.job_id)], args=args)
+
+    def describe(self, media_id: str, width: int, height: int, frames: int) -> None:
+        """Notes what only decoding tells of stored media; a broker that is away hears it another time."""
+        try:
+            self._describe(keys=[media_key(media_id)], args=[width, height, frames])
+        except AWAY as error:
+            log.warning("the size of media was not noted (%s)", type(error).__name__)
 
     def stop(self, job_id: str, reason: StopReason) -> None:
         """Stops the job if this worker works on it."""

@@ -110,7 +110,7 @@ class WorkerMetrics:
         )
         self._prefill_saved = self._counter(
             "prefill_saved_seconds",
-            "Estimate: prefill time per token of the pruned prompt, times the visual tokens dropped.",
+            "Estimate: prefill time per token that was prefilled, times the visual tokens dropped.",
             by_method,
         )
 
@@ -160,17 +160,25 @@ class WorkerMetrics:
         self._batch.labels(self._model).observe(size)
 
     def finished(
-        self, modality: str, outcome: JobState, latency_s: float, result: AnswerResult | None
+        self,
+        modality: str,
+        outcome: JobState,
+        latency_s: float,
+        result: AnswerResult | None,
+        joined: int = 1,
     ) -> None:
-        """One request reached its terminal state; `result` if it succeeded."""
+        """One request reached its terminal state; `result` if it succeeded.
+
+        joined: how many requests its prefill was shared by, itself included.
+        """
         with self._lock:  # one thread a job
             self._ended += 1
         self._requests.labels(self._model, modality, outcome).inc()
         self._latency.labels(self._model, modality, outcome).observe(latency_s)
         if result is not None:
-            self._answered(modality, result)
+            self._answered(modality, result, joined)
 
-    def _answered(self, modality: str, result: AnswerResult) -> None:
+    def _answered(self, modality: str, result: AnswerResult, joined: int) -> None:
         for stage in _STAGES:
             self._stage.labels(self._model, stage).observe(getattr(result.timings, f"{stage}_ms") / 1e3)
         self._first_token.labels(self._model).observe(result.timings.time_to_first_token_ms / 1e3)
@@ -185,23 +193,25 @@ class WorkerMetrics:
         self._generated.labels(self._model).inc(sum(usage.completion_tokens for usage in usages))
         cached = any(usage.prompt_tokens_details.cached_tokens for usage in usages)
         (self._hits if cached else self._misses).inc()
-        self._saved(result, usages)
+        self._saved(result, usages, joined)
 
-    def _saved(self, result: AnswerResult, usages: list[Usage]) -> None:
-        """What pruning spared each of the answers: tokens that are in no prompt and in no cache.
+    def _saved(self, result: AnswerResult, usages: list[Usage], joined: int) -> None:
+        """What pruning spared: tokens that are in no prompt and in no cache.
 
-        The cache holds every token of an answer but the last one drawn. Prefill is taken as linear in tokens
-        (attention grows faster, the fixed cost of a pass not at all), and as shared evenly in the batch.
+        Each answer's cache holds all of its tokens but the last one drawn. The prefill sees the media once,
+        however many questions there are; it is taken as linear in tokens (attention grows faster, the fixed
+        cost of a pass not at all), and as shared evenly by the `joined` requests whose time it is.
         """
-        dropped = max(0, result.visual_tokens.original - result.visual_tokens.kept) * len(usages)
-        prompts = sum(usage.prompt_tokens for usage in usages)
+        dropped = max(0, result.visual_tokens.original - result.visual_tokens.kept)
+        shown = usages[0].prompt_tokens_details.image_tokens + usages[0].prompt_tokens_details.video_tokens
+        prefilled = sum(usage.prompt_tokens for usage in usages) - (len(usages) - 1) * shown
         held = sum(usage.total_tokens - 1 for usage in usages)
-        if not prompts or not held:
+        if not prefilled or not held:
             return
         labels = (self._model, result.visual_tokens.method)
-        self._cache_saved.labels(*labels).inc(dropped * result.memory.kv_cache_bytes / held)
-        prefill_s = result.timings.prefill_ms / 1e3 / (result.memory.shared_with + 1)
-        self._prefill_saved.labels(*labels).inc(dropped * prefill_s / prompts)
+        self._cache_saved.labels(*labels).inc(dropped * len(usages) * result.memory.kv_cache_bytes / held)
+        prefill_s = result.timings.prefill_ms / 1e3 / joined
+        self._prefill_saved.labels(*labels).inc(dropped * prefill_s / prefilled)
 
     @property
     def ended(self) -> int:

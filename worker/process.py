@@ -16,9 +16,9 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
-from uuid import uuid4
 
 from celery.platforms import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
@@ -48,34 +48,40 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from worker.tracing import AttemptSpans
+
 log = logging.getLogger(__name__)
 
 EX_ENGINE_DIED = 70
 """`EX_SOFTWARE` of sysexits.h."""
 
 
-def main(make: Callable[[WorkerSettings, int], WorkerProcess] | None = None) -> int:
-    """Serves until told to stop; returns the exit code. The last argument is the pipe to the supervisor."""
-    settings, pipe = WorkerSettings(), int(sys.argv[-1])
+def main(make: Callable[[WorkerSettings, str, int], WorkerProcess] | None = None) -> int:
+    """Serves until told to stop; returns the exit code.
+
+    The last arguments are the supervisor's: a name for this process that no other had, and the pipe to it.
+    """
+    settings, (name, pipe) = WorkerSettings(), sys.argv[-2:]
     _configure_logging(settings.log_level)
     faulthandler.enable()  # the supervisor aborts a process that hangs: the log tells where
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold what callers sent
     # Until the model is loaded nothing runs that would be worth finishing; then Celery's handler takes over.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: sys.exit(0))
-    return (make or WorkerProcess)(settings, pipe).run()
+    return (make or WorkerProcess)(settings, name, int(pipe)).run()
 
 
 class WorkerProcess:
     """Metrics and heartbeat from the first second, the engine, and Celery once the engine is warm.
 
-    pipe: where the supervisor reads the pulse.
+    name: what the supervisor knows the leases by. pipe: where it reads the pulse.
     """
 
-    def __init__(self, settings: WorkerSettings, pipe: int) -> None:
+    def __init__(self, settings: WorkerSettings, name: str, pipe: int) -> None:
         self._settings = settings
-        self._id = f"{socket.gethostname()}:{os.getpid()}:{uuid4().hex[:8]}"
+        self._id = f"{socket.gethostname()}:{os.getpid()}:{name[:8]}"
         self._metrics = WorkerMetrics(settings.model)
+        self._spans = _spans(settings, self._id)
         self._draining = False
         quick = connect(settings.broker_url, patient=False)
         self._jobs = Jobs(
@@ -84,6 +90,7 @@ class WorkerProcess:
             settings.model,
             lease_s=settings.lease_s,
             max_attempts=settings.max_attempts,
+            owner=name,
         )
         self._engine = Engine(
             self._load,
@@ -119,6 +126,7 @@ class WorkerProcess:
             self._metrics,
             default_budget=settings.default_token_budget,
             decoders=settings.concurrency,
+            spans=self._spans,
         )
 
     def run(self) -> int:
@@ -126,6 +134,7 @@ class WorkerProcess:
         settings = self._settings
         with (
             self._pulse,
+            self._spans or nullcontext(),
             self._metrics.serving(settings.metrics_host, settings.worker_metrics_port, self._probes),
             self._heartbeat,
             self._cancellations,
@@ -178,7 +187,8 @@ class WorkerProcess:
             settings.model,
             dtype=settings.dtype,
             device=settings.device,
-            quantization=settings.quantization,
+            quantization=settings.quantized,
+            layout=settings.layout,
             progress=_Progress(),
         )
         _watch_layers(model.model, self._engine.progress)
@@ -224,6 +234,15 @@ class _Progress:
         if step != self._step:
             self._step = step
             log.info("%s", step)
+
+
+def _spans(settings: WorkerSettings, worker_id: str) -> AttemptSpans | None:
+    """None where no collector is named; OpenTelemetry is an extra, which need not be installed then."""
+    if settings.tracing_endpoint is None:
+        return None
+    from worker.tracing import AttemptSpans  # noqa: PLC0415 - see above
+
+    return AttemptSpans(settings.tracing_endpoint, worker_id)
 
 
 def _die(error: BaseException) -> None:

@@ -126,11 +126,38 @@ for i = 3, #ARGV, 2 do tell(KEYS[2], ARGV[i], ARGV[i + 1]) end
 """
 )
 
+# KEYS: media. ARGV: width, height, frames. Media that nobody keeps any more stay forgotten.
+DESCRIBE = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return end
+redis.call('HSET', KEYS[1], 'width', ARGV[1], 'height', ARGV[2], 'frames', ARGV[3])
+"""
+
+# KEYS: open jobs. ARGV: what the leases of a dead worker begin with, prefix of a job's key. Returns how many
+# jobs it held.
+#
+# They are free at once, and what runs without a lease is put where the next sweep looks first: the dead
+# worker may have had it in hand, waiting for its turn alone. If another has it, it is sent once too often.
+FREE = """
+local held = 0
+for _, id in ipairs(redis.call('ZRANGE', KEYS[1], 0, -1)) do
+  local key = ARGV[2] .. id
+  local lease = redis.call('GET', key .. ':lease')
+  if lease and string.sub(lease, 1, #ARGV[1]) == ARGV[1] then
+    redis.call('DEL', key .. ':lease')
+    held = held + 1
+    lease = false
+  end
+  if not lease and redis.call('HGET', key, 'state') == 'running' then redis.call('ZADD', KEYS[1], 0, id) end
+end
+return held
+"""
+
 # KEYS: open jobs, queue. ARGV: now, before when a job was last in hand, most jobs, slack in s, prefix of a
 # job's key. Returns id and payload of each job that has to be sent again, one after the other.
 #
 # A job that nobody has in hand and that has no lease has lost its worker if it runs, and its message if it is
-# queued: unless the message still waits, which it does if the queue's next one is no younger.
+# queued: unless the message still waits, which it does if the queue's next one is no younger. One that has a
+# lease is looked at again when that runs out.
 SWEEP = """
 local head = redis.call('LINDEX', KEYS[2], -1)
 local next_at = math.huge
@@ -144,9 +171,10 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', ARGV[2], 'LIMIT
   if (job[1] ~= 'queued' and job[1] ~= 'running') or not job[2] then
     redis.call('ZREM', KEYS[1], id)
   else
-    redis.call('ZADD', KEYS[1], ARGV[1], id)
+    local lease_s = math.max(0, redis.call('PTTL', key .. ':lease')) / 1000
+    redis.call('ZADD', KEYS[1], lease_s > 0 and ARGV[2] + lease_s or ARGV[1], id)
     local waits = job[1] == 'queued' and tonumber(job[3]) + ARGV[4] >= next_at
-    if not waits and redis.call('EXISTS', key .. ':lease') == 0 then
+    if not waits and lease_s == 0 then
       lost[#lost + 1] = id
       lost[#lost + 1] = job[2]
     end

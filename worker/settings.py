@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from prismprune import InvalidOptionError, Quantization
 from worker.contract import MAX_TOKEN_BUDGET
 
 
@@ -24,7 +26,15 @@ class WorkerSettings(BaseSettings):
     """The embedded demo, a directory or a hub id; also names the queue."""
     dtype: str = "auto"
     device: str = "auto"
-    quantization: str | None = None
+    quantization: Literal["int8", "nf4"] | None = None
+    compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """What nf4's layers multiply in; none: the model's own."""
+    double_quant: bool = True
+    """Whether nf4's scales are quantised once more."""
+    quantize_also: Annotated[tuple[str, ...], NoDecode] = ()
+    """What is quantised besides the language model's layers: `vision`, `projector`, `head`."""
+    layout: str | None = None
+    """How LLaVA-NeXT packs crops: `native`, or `paper`, without newlines."""
     default_token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] | Literal["all"] = 64
     """Where a request names neither a budget nor a ratio. 64: a ninth of LLaVA-1.5's 576 tokens."""
 
@@ -60,7 +70,42 @@ class WorkerSettings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     worker_metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9101
     """0 turns the worker's `/metrics` off."""
+    tracing_endpoint: Annotated[str | None, Field(pattern="^https?://")] = None
+    """An OpenTelemetry collector that takes OTLP over HTTP, such as `http://collector:4318`: turns traces on.
+    Needs the extra `tracing`; OpenTelemetry's own `OTEL_` variables say the rest."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @field_validator("tracing_endpoint")
+    @classmethod
+    def _traceable(cls, value: str | None) -> str | None:
+        try:
+            _ = value and distribution("opentelemetry-exporter-otlp-proto-http")
+        except PackageNotFoundError:
+            raise ValueError("traces need the extra `tracing`: pip install 'prismprune[tracing]'") from None
+        return value
+
+    @property
+    def quantized(self) -> Quantization | None:
+        """What the four settings of quantisation say together."""
+        return Quantization.chosen(
+            self.quantization,
+            compute_dtype=self.compute_dtype,
+            double_quant=self.double_quant,
+            also=self.quantize_also,
+        )
+
+    @field_validator("quantize_also", mode="before")
+    @classmethod
+    def _parts(cls, value: object) -> object:
+        return tuple(filter(None, map(str.strip, value.split(",")))) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _quantization_makes_sense(self) -> Self:
+        try:
+            _ = self.quantized
+        except InvalidOptionError as error:
+            raise ValueError(str(error)) from None
+        return self
 
     @model_validator(mode="after")
     def _leases_outlive_beats(self) -> Self:

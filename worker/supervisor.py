@@ -15,7 +15,11 @@ import sys
 import time
 from collections import deque
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
+from redis.exceptions import RedisError
+
+from worker.jobs import connect, free
 from worker.pulse import STALLED, WARM
 from worker.settings import WorkerSettings
 
@@ -40,7 +44,7 @@ SERVE = (sys.executable, "-m", "worker.process")
 def main(command: Sequence[str] = SERVE) -> int:
     """Keeps `command` running until told to stop; returns the exit code.
 
-    Its last argument will be the descriptor of the pipe for its `Pulse`.
+    Its last arguments will be the name of its life and the descriptor of the pipe for its `Pulse`.
     """
     settings = WorkerSettings()
     logging.basicConfig(
@@ -50,10 +54,15 @@ def main(command: Sequence[str] = SERVE) -> int:
 
 
 class Supervisor:
-    """One child at a time. A child that says that its engine stalls, or nothing at all, is killed."""
+    """One child at a time. A child that says that its engine stalls, or nothing at all, is killed.
+
+    Each life of a child has a name of its own. The jobs that it held when it died are free at once: nobody
+    else can be as sure that nothing works on them any more.
+    """
 
     def __init__(self, command: Sequence[str], settings: WorkerSettings) -> None:
         self._command = command
+        self._broker_url, self._model = settings.broker_url, settings.model
         self._silence_s = settings.engine_stall_s
         self._grace_s = settings.grace_s
         self._starts: deque[float] = deque(maxlen=settings.max_restarts_per_minute)
@@ -66,10 +75,13 @@ class Supervisor:
         deaths, backoff_s = 0, BACKOFF_S
         while True:
             self._starts.append(time.monotonic())
-            code = self._one_life(waker)
+            name = uuid4().hex
+            code = self._one_life(name, waker)
+            if self._warm:
+                self._free_jobs(name)
             if self._asked_to_stop:
                 return 0
-            deaths, backoff_s = (1, BACKOFF_S) if self._warm else (deaths + 1, 2 * backoff_s)
+            deaths, backoff_s = (0, BACKOFF_S) if self._warm else (deaths + 1, 2 * backoff_s)
             hopeless = deaths >= HOPELESS or (code == EX_GIVE_UP and not self._warm)
             if code == 0 or hopeless:
                 return code if code >= 0 else 128 - code
@@ -90,12 +102,12 @@ class Supervisor:
     def _stop(self, *_: object) -> None:
         self._asked_to_stop = True
 
-    def _one_life(self, waker: int) -> int:
+    def _one_life(self, name: str, waker: int) -> int:
         """Runs a child to its end; returns its code, negative for a signal."""
         reader, writer = os.pipe()
         try:
             child = subprocess.Popen(  # noqa: S603 - our own command
-                [*self._command, str(writer)], pass_fds=[writer]
+                [*self._command, name, str(writer)], pass_fds=[writer]
             )
         finally:
             os.close(writer)
@@ -107,6 +119,14 @@ class Supervisor:
             child.kill()
             child.wait()
             os.close(reader)
+
+    def _free_jobs(self, name: str) -> None:
+        try:
+            held = free(connect(self._broker_url, patient=False), self._model, name)
+        except RedisError as error:
+            log.warning("its jobs stay leased to it (%s) until that runs out", type(error).__name__)
+        else:
+            log.info("%d jobs that it held are free", held)
 
     def _watch(self, child: subprocess.Popen[bytes], reader: int, waker: int) -> None:
         """Returns once the child has ended, by itself or not."""

@@ -15,9 +15,10 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from prismprune.errors import PrismError
+from prismprune.media import Clip
 from worker.answering import answer_result, decode, visual_request
 from worker.company import Company
-from worker.contract import AnswerJob, AnswerResult, DeadLetter, JobState
+from worker.contract import AnswerJob, DeadLetter, JobState
 from worker.errors import (
     DeadLetteredError,
     DeadlineExceededError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from worker.jobs import Jobs
     from worker.metrics import WorkerMetrics
     from worker.store import MediaStore
+    from worker.tracing import AttemptSpans
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class JobRunner:
         *,
         default_budget: int | Literal["all"],
         decoders: int,
+        spans: AttemptSpans | None = None,
     ) -> None:
         self._jobs = jobs
         self._store = store
@@ -65,6 +68,7 @@ class JobRunner:
         # A decode cannot be interrupted, only left behind; so many of them at once cannot harm.
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decoder")
         self._company = Company()
+        self._spans = spans
 
     def __call__(self, job_id: str, payload: dict[str, Any]) -> None:
         with self._jobs.in_hand(job_id) as first:
@@ -88,13 +92,15 @@ class JobRunner:
             self._observe(job, claim, None)
         elif (outcome := self._attempt(job, claim)) is not None:
             settled = self._jobs.finish(claim, outcome)
+            if self._spans and job:
+                self._spans.attempt(job, claim, outcome)
             if settled is not None:
-                self._observe(job, settled, outcome.result)
+                self._observe(job, settled, outcome)
 
     def _attempt(self, job: AnswerJob | None, claim: Claim) -> Outcome | None:
         """How the job ended; None if it did not, as another worker has it."""
         try:
-            return Outcome(JobState.SUCCEEDED, self._answer(job, claim))
+            return self._answer(job, claim)
         except StoppedError:
             return self._stopped(claim)
         except DeadlineExceededError as error:
@@ -116,20 +122,21 @@ class JobRunner:
             raise JobGivenBackError(claim.job_id)
         return None
 
-    def _answer(self, job: AnswerJob | None, claim: Claim) -> AnswerResult:
+    def _answer(self, job: AnswerJob | None, claim: Claim) -> Outcome:
         if claim.exhausted:
             self._metrics.dead_lettered.inc()
             raise DeadLetteredError(f"Given up: its worker died in each of {claim.attempt} attempts.")
         if job is None:
             raise PrismError("This worker cannot read the request: it is of another version.")
-        now = time.time()
-        if job.deadline_at <= now:
+        claimed_s = time.time() - (time.monotonic() - claim.at)
+        if job.deadline_at <= claimed_s:
             raise DeadlineExceededError("The deadline passed while the job waited for a worker.")
-        queued_s = max(0.0, now - job.created_at)  # another machine's clock
-        deadline = claim.at + job.deadline_at - now
+        queued_s = max(0.0, claimed_s - job.created_at)  # another machine's clock
+        deadline = claim.at + job.deadline_at - claimed_s
         request = self._with_media(visual_request(job, self._default_budget), job, claim, deadline)
         answered = self._through_engine(job, claim, request, deadline)
-        return answer_result(job, answered, queued_s=queued_s, claimed_at=claim.at)
+        result = answer_result(job, answered, queued_s=queued_s, claimed_at=claim.at)
+        return Outcome(JobState.SUCCEEDED, result, joined=answered.joined)
 
     def _with_media(
         self, request: VisualRequest, job: AnswerJob, claim: Claim, deadline: float
@@ -137,8 +144,12 @@ class JobRunner:
         """Media that were encoded before are not even decoded."""
         if (encoded := self._engine.encoded(request)) is not None:
             return replace(request, encoded=encoded)
-        media = self._decoders.submit(decode, job, self._store)
-        return replace(request, media=result_within(media, claim.stop, deadline))
+        decoding = self._decoders.submit(decode, job, self._store)
+        media = result_within(decoding, claim.stop, deadline)
+        for ref, clip in zip(job.media, media, strict=True):
+            if isinstance(clip, Clip) and clip.total_frames is not None:
+                self._jobs.describe(ref.id, *clip.size, clip.total_frames)
+        return replace(request, media=media)
 
     def _through_engine(
         self, job: AnswerJob, claim: Claim, request: VisualRequest, deadline: float
@@ -155,12 +166,13 @@ class JobRunner:
             if story and claim.stop.reason is None:
                 self._jobs.insist(story.write_all)
 
-    def _observe(self, job: AnswerJob | None, settled: Settled, result: AnswerResult | None) -> None:
+    def _observe(self, job: AnswerJob | None, settled: Settled, outcome: Outcome | None) -> None:
         if not settled.first:
             return
         modality = job.modality if job else "unknown"
         latency_s = max(0.0, time.time() - job.created_at) if job else 0.0
-        self._metrics.finished(modality, settled.state, latency_s, result)
+        result, joined = (outcome.result, outcome.joined) if outcome else (None, 1)
+        self._metrics.finished(modality, settled.state, latency_s, result, joined)
         if job:
             log.info("job %s %s after %.3f s, request %s", job.id, settled.state, latency_s, job.request_id)
 

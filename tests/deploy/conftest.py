@@ -63,8 +63,13 @@ def program(name: str) -> str:
 @cache
 def rendered(overlay: str) -> tuple[Document, ...]:
     """Every document of an overlay, as `kubectl apply -k` would send it."""
-    command = [str(Path(sys.executable).with_name("kubectl")), "kustomize", f"k8s/overlays/{overlay}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return kustomized(ROOT / "k8s" / "overlays" / overlay)
+
+
+def kustomized(directory: Path) -> tuple[Document, ...]:
+    """Every document that the kustomization in `directory` gives."""
+    command = [str(Path(sys.executable).with_name("kubectl")), "kustomize", str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return tuple(document for document in yaml.safe_load_all(done.stdout) if document)
 

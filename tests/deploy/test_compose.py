@@ -71,9 +71,9 @@ def test_the_images_are_built_from_the_lock() -> None:
 
 
 def test_the_front_ends_image_has_no_heavy_parts() -> None:
-    """It installs its own extra alone, which names none of them, and one module of the worker."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    names = {re.split(r"[\[<>=]", each)[0] for each in project["optional-dependencies"]["service"]}
+    """Its own extra and that for traces name none of them; of the worker it has one module."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {re.split(r"[\[<>=]", each)[0] for each in extras["service"] + extras["tracing"]}
     assert not names & {"torch", "torchvision", "transformers", "numpy", "av", "prismprune", "accelerate"}
     copied = re.findall(r"^COPY (?!--from)(.+)$", stage("build-service"), re.MULTILINE)
     assert copied == ["service service", "worker/__init__.py worker/contract.py worker/"]

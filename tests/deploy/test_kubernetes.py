@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import kubernetes_validate
 import pytest
+import yaml
 
 from service.app import create_app
 from service.settings import ServiceSettings
-from tests.deploy.conftest import ROOT, Document, accepted, rendered, variables
+from tests.deploy.conftest import OVERLAYS, ROOT, Document, accepted, kustomized, rendered, variables
 from worker.probes import STALLED_S, Probes
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 WORKLOADS = ("Deployment", "StatefulSet")
 CUSTOM: dict[tuple[str, str], dict[str, set[str]]] = {
@@ -316,6 +319,30 @@ def test_grace_is_longer_than_the_longest_job(documents: Documents) -> None:
         longest = max(longest, getattr(settings, "max_deadline_s", 0))
     assert longest
     assert min(graces["worker"]) >= longest
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_traces_are_a_component_that_reaches_the_collector(tmp_path: Path, overlay: str) -> None:
+    """Added to an overlay it tells every front end and worker one endpoint, and opens the way to that."""
+    parts = {"resources": f"overlays/{overlay}", "components": "components/tracing"}
+    paths = {key: [os.path.relpath(ROOT / "k8s" / path, tmp_path)] for key, path in parts.items()}
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(paths))
+    documents = kustomized(tmp_path)
+    test_the_environment_names_settings_that_exist(documents)
+    (endpoint,) = {
+        accepted(name, environment(each, documents)).tracing_endpoint
+        for name, each in containers(documents)
+        if name in ("service", "worker")
+    }
+    host, port = endpoint.removeprefix("http://").split(":")
+    (opened,) = (
+        each["spec"]["egress"][0]
+        for each in of_kind(documents, "NetworkPolicy")
+        if each["metadata"]["name"] == "traces"
+    )
+    assert opened["ports"] == [{"protocol": "TCP", "port": int(port)}]
+    (namespace,) = opened["to"][0]["namespaceSelector"]["matchLabels"].values()
+    assert host.split(".")[1] == namespace
 
 
 def test_a_rollout_never_needs_a_spare_gpu() -> None:

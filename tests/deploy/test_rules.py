@@ -84,6 +84,14 @@ def test_an_alert_is_shown_to_fire_and_not_to(rule: Document) -> None:
     assert any(not case["exp_alerts"] for case in cases)
 
 
+@pytest.mark.parametrize("name", sorted(recorded()))
+def test_a_record_is_shown_to_have_its_value(name: str) -> None:
+    """`rules_test.yml` asks for each of them, besides what the alerts make of it."""
+    tests = yaml.safe_load((ROOT / "monitoring/rules_test.yml").read_text())["tests"]
+    asked = [each["expr"] for test in tests for each in test.get("promql_expr_test", ())]
+    assert any(each.name == name for expr in asked for each in selectors(expr))
+
+
 def test_the_operators_resource_holds_the_same_rules() -> None:
     """`python -m monitoring.rules` was run after the last change, and the overlay carries the result."""
     assert RESOURCE.read_text() == resource()

@@ -168,16 +168,29 @@ async def test_a_caller_who_hangs_up_cancels_the_job(
         await state_of(redis, job.id, "canceled")
 
 
-@pytest.mark.parametrize("headers", [{"Idempotency-Key": "one"}, {"Prefer": "respond-async"}])
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        ("/v1/answer", {"Idempotency-Key": "one"}),
+        ("/v1/answer", {"Prefer": "respond-async"}),
+        ("/v1/chat/completions", {"Idempotency-Key": "one"}),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
 async def test_whoever_may_come_back_keeps_the_job(
     make_settings: Callable[..., ServiceSettings],
     worker: StandInWorker,
     redis: Redis,
+    path: str,
     headers: dict[str, str],
+    *,
+    stream: bool,
 ) -> None:
     """With a key to find it again, or without having waited at all."""
+    chat = {"model": "prism-demo", "messages": messages(text="for ever")}
+    asked = question(question="for ever") if path == "/v1/answer" else chat
     async with listening(make_settings()) as port:
-        await hang_up(port, "/v1/answer", question(question="for ever"), **headers)
+        await hang_up(port, path, asked | {"stream": stream}, **headers)
         await asyncio.sleep(0.3)
         (job,) = worker.jobs
         assert redis.hget(f"prism:job:{job.id}", "state") == "running"

@@ -164,12 +164,13 @@ async def test_the_build_is_named(make_settings: Callable[..., ServiceSettings])
 async def test_the_documented_examples_work(client: httpx.AsyncClient) -> None:
     """Each example of `/docs` is answered as it stands."""
     document = (await client.get("/openapi.json")).json()
-    content = document["paths"]["/v1/answer"]["post"]["requestBody"]["content"]
-    examples = content["application/json"]["examples"].values()
-    assert len(examples) >= 3
-    for example in examples:
-        response = await client.post("/v1/answer", json=example["value"])
-        assert response.status_code == 200, response.text
+    for path, count in (("/v1/answer", 3), ("/v1/chat/completions", 2)):
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        examples = content["application/json"]["examples"].values()
+        assert len(examples) >= count
+        for example in examples:
+            response = await client.post(path, json=example["value"])
+            assert response.status_code == 200, response.text
 
 
 async def test_every_reference_of_the_document_resolves(client: httpx.AsyncClient) -> None:

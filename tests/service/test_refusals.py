@@ -325,6 +325,9 @@ async def test_unknown_routes_and_methods_are_problems_too(client: httpx.AsyncCl
     response = await client.get("/v1/answer")
     problem(response, 405, "method-not-allowed")
     assert response.headers["allow"] == "POST"
+    response = await client.put(f"/v1/jobs/{new_id('job')}")
+    problem(response, 405, "method-not-allowed")
+    assert response.headers["allow"] == "DELETE, GET"
 
 
 @pytest.mark.parametrize("declared", [True, False])

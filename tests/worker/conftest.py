@@ -149,9 +149,9 @@ def jobs(redis: Redis) -> Jobs:
     return tiny_jobs(redis)
 
 
-def tiny_jobs(redis: Redis, *, lease_s: float = 60, max_attempts: int = 3) -> Jobs:
+def tiny_jobs(redis: Redis, *, lease_s: float = 60, max_attempts: int = 3, owner: str = "") -> Jobs:
     """The jobs of the model that `make_job` asks for, as one worker sees them."""
-    return Jobs(redis, redis, "tiny", lease_s=lease_s, max_attempts=max_attempts)
+    return Jobs(redis, redis, "tiny", lease_s=lease_s, max_attempts=max_attempts, owner=owner)
 
 
 @pytest.fixture

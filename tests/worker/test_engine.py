@@ -65,7 +65,9 @@ def test_a_request_joins_one_that_is_being_answered() -> None:
     with engine(model) as running:
         long = ask(running, "for ever")
         assert model.entered.wait(10)
-        assert ask(running, "short").answered().answers[0].text == "short"
+        short = ask(running, "short").answered()
+        assert short.answers[0].text == "short"
+        assert short.joined == 1  # a prefill of its own
         assert not long.future.done()
         long.cancel()
 
@@ -94,6 +96,7 @@ def test_neighbours_are_counted() -> None:
         tickets = [ask(running, "together") for _ in range(3)]
         model.gate.set()
         assert [ticket.answered().shared_with for ticket in tickets] == [2, 2, 2]
+        assert [ticket.answered().joined for ticket in tickets] == [3, 3, 3]
 
 
 def test_a_request_waits_for_neighbours() -> None:

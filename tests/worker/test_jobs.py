@@ -29,7 +29,7 @@ from worker.contract import (
     queue_name,
     redis_url,
 )
-from worker.jobs import Claim, Jobs, Outcome, Refusal, Settled, lease_key
+from worker.jobs import Claim, Jobs, Outcome, Refusal, Settled, free, lease_key
 from worker.stops import StopReason
 
 if TYPE_CHECKING:
@@ -288,6 +288,43 @@ def test_a_sweep_finds_a_job_that_an_empty_queue_has_lost(
     job = make_job()
     queue(redis, job)
     redis.delete(queue_name("tiny"))
+    assert [job_id for job_id, _ in jobs.sweep()] == [job.id]
+
+
+def test_a_sweep_comes_back_when_a_lease_runs_out(redis: Redis, make_job: MakeJob) -> None:
+    """Not a whole lease later: a renewal may reach the broker long after it was written."""
+    jobs, job = tiny_jobs(redis, lease_s=60), make_job()
+    claimed(jobs, job.id)
+    redis.zadd(open_jobs_key("tiny"), {job.id: 0})
+    redis.pexpire(lease_key(job.id), 50)
+    assert jobs.sweep() == []
+    time.sleep(0.06)
+    assert [job_id for job_id, _ in jobs.sweep()] == [job.id]
+
+
+def test_the_jobs_of_a_dead_worker_are_free_at_once(redis: Redis, make_job: MakeJob) -> None:
+    """Those that it held are found by the next sweep, and again have to run alone; others keep theirs."""
+    dead, other = tiny_jobs(redis, owner="dead"), tiny_jobs(redis, owner="deaf")
+    mine, theirs = make_job(), make_job()
+    claimed(dead, mine.id)
+    kept = claimed(other, theirs.id)
+    assert other.sweep() == []
+    assert free(redis, "tiny", "dead") == 1
+    assert [job_id for job_id, _ in other.sweep()] == [mine.id]
+    assert redis.get(lease_key(theirs.id)) == kept.token
+    assert other.claim(mine.id) is Refusal.SUSPECT
+    assert claimed(other, mine.id, alone=True).attempt == 1
+
+
+def test_what_waited_in_a_dead_workers_hands_is_looked_for_too(redis: Redis, make_job: MakeJob) -> None:
+    """A suspect that waits for its turn alone has no lease that could tell whose it is."""
+    jobs, job = tiny_jobs(redis, owner="dead"), make_job()
+    claimed(tiny_jobs(redis), job.id)
+    lose_worker(redis, job.id)
+    with jobs.in_hand(job.id):
+        jobs.renew_leases()
+        assert jobs.sweep() == []
+        assert free(redis, "tiny", "dead") == 0
     assert [job_id for job_id, _ in jobs.sweep()] == [job.id]
 
 

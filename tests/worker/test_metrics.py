@@ -61,6 +61,30 @@ def test_what_pruning_saved_is_measured_by_the_answer_itself(make_job: MakeJob) 
     assert sample(metrics, "prefill_saved_seconds_total", method="prism") == pytest.approx(0.512)
 
 
+def test_the_prefills_time_is_shared_by_those_who_came_together(make_job: MakeJob) -> None:
+    """Four in one prefill of 80 ms: a quarter is each one's; neighbours who came at other times have none."""
+    metrics = WorkerMetrics("tiny")
+    result = result_of(make_job())
+    crowded = result.memory.model_copy(update={"shared_with": 7})
+    result = result.model_copy(update={"memory": crowded})
+    metrics.finished("image", JobState.SUCCEEDED, 0.25, result, 4)
+    assert sample(metrics, "prefill_saved_seconds_total", method="prism") == pytest.approx(0.512 / 4)
+
+
+def test_several_questions_prefill_the_media_once(make_job: MakeJob) -> None:
+    """Three prompts of 16 tokens each beside 64 that they share; each one's cache is spared all the same."""
+    metrics, now = WorkerMetrics("tiny"), time.monotonic()
+    job = make_job(questions=("a", "b", "c"), several=True)
+    answers = [answer("red", memory=Memory("cpu", peak_bytes=1, kv_cache_bytes=8100))] * 3
+    result = answer_result(job, Answered(answers, 0, now), queued_s=0, claimed_at=now)
+    metrics.finished("image", JobState.SUCCEEDED, 0.25, result)
+    prefilled = 3 * 16 + 64
+    assert sample(metrics, "prefill_saved_seconds_total", method="prism") == pytest.approx(
+        512 * 0.08 / prefilled
+    )
+    assert sample(metrics, "kv_cache_saved_bytes_total", method="prism") == 3 * 51200
+
+
 @pytest.mark.parametrize("cached", [0, 64])
 def test_an_answer_is_a_hit_or_a_miss_of_the_cache(make_job: MakeJob, cached: int) -> None:
     """By what its usage says of cached tokens; a failure is neither."""

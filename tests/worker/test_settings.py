@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
+from prismprune import Quantization
 from worker.app import create_app
 from worker.contract import TASK_ANSWER
 from worker.settings import WorkerSettings
@@ -23,6 +24,39 @@ def test_the_default_budget_is_a_number_or_all(
 def test_a_budget_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
     """At start, not at the first request."""
     monkeypatch.setenv("PRISM_DEFAULT_TOKEN_BUDGET", said)
+    with pytest.raises(ValidationError):
+        WorkerSettings(media_url="memory://")
+
+
+def test_a_quantisation_is_said_by_several_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Together they are what the library takes; lists are written with commas."""
+    for name, value in (
+        ("QUANTIZATION", "nf4"),
+        ("COMPUTE_DTYPE", "float32"),
+        ("DOUBLE_QUANT", "false"),
+        ("QUANTIZE_ALSO", "vision, head"),
+    ):
+        monkeypatch.setenv(f"PRISM_{name}", value)
+    quantized = WorkerSettings(media_url="memory://").quantized
+    assert quantized == Quantization("nf4", "float32", double_quant=False, also=("vision", "head"))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"PRISM_QUANTIZATION": "int3"},
+        {"PRISM_QUANTIZATION": "int8", "PRISM_COMPUTE_DTYPE": "float16"},
+        {"PRISM_QUANTIZATION": "int8", "PRISM_QUANTIZE_ALSO": "vision,ears"},
+        {"PRISM_QUANTIZE_ALSO": "vision"},
+    ],
+    ids=str,
+)
+def test_a_quantisation_that_is_none_is_refused(
+    monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
+) -> None:
+    """At start, before a model is loaded."""
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError):
         WorkerSettings(media_url="memory://")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CHILD = """
 import os, signal, sys, time
-pipe, diary, life = int(sys.argv[-1]), sys.argv[-3], sys.argv[-2].split(",")
+pipe, diary, life = int(sys.argv[-1]), sys.argv[-4], sys.argv[-3].split(",")
 with open(diary, "a+") as file:
     file.write("x")
     file.flush()
@@ -47,7 +47,7 @@ def command(diary: Path, lives: str) -> tuple[str, ...]:
     return (sys.executable, "-c", CHILD, str(diary), lives)
 
 
-def outcome(diary: Path, lives: str, **settings: float) -> tuple[int, int]:
+def outcome(diary: Path, lives: str, **settings: float | str) -> tuple[int, int]:
     """The supervisor's exit code, and how often it started the process."""
     code = Supervisor(command(diary, lives), WorkerSettings(media_url="memory://", **settings)).run()
     return code, len(diary.read_text())
@@ -92,6 +92,29 @@ def test_what_never_gets_warm_is_given_up(diary: Path) -> None:
 def test_what_stalls_is_replaced(diary: Path) -> None:
     """It is aborted, so that its log tells where it hung."""
     assert outcome(diary, "warm+stall+sleep,0") == (0, 2)
+
+
+def test_the_jobs_of_a_process_that_died_are_free_at_once(
+    diary: Path, broker_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each life has a name of its own, under which its jobs are freed before the next one begins."""
+    freed: list[tuple[str, str, int]] = []
+    monkeypatch.setattr(
+        "worker.supervisor.free",
+        lambda _redis, model, name: freed.append((model, name, len(diary.read_text()))) or 0,
+    )
+    code, lives = outcome(diary, "warm+die,die,warm+70,warm+0", broker_url=broker_url, model="tiny")
+    assert (code, lives) == (0, 4)
+    assert [(model, life) for model, _, life in freed] == [("tiny", 1), ("tiny", 3), ("tiny", 4)]
+    assert len({name for _, name, _ in freed}) == 3
+
+
+def test_a_broker_that_is_away_does_not_keep_a_process_from_its_next_life(
+    diary: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its jobs are found when their leases run out."""
+    assert outcome(diary, "warm+die,0", broker_url="redis://127.0.0.1:1/0") == (0, 2)
+    assert "its jobs stay leased to it (ConnectionError)" in caplog.text
 
 
 def test_what_is_silent_is_replaced(diary: Path) -> None:

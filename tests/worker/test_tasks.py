@@ -107,6 +107,24 @@ def test_a_job_is_answered(worker: Worker, make_job: MakeJob) -> None:
     assert worker.counted(JobState.SUCCEEDED) == 1
 
 
+def test_no_moment_is_counted_twice(
+    worker: Worker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a claim over a slow broker too: the timings' total is no longer than the job has existed."""
+    claim = worker.jobs.claim
+
+    def slow_claim(*args: Any, **options: Any) -> Any:
+        claimed = claim(*args, **options)
+        time.sleep(0.3)
+        return claimed
+
+    monkeypatch.setattr(worker.jobs, "claim", slow_claim)
+    job = make_job("What color is it?")
+    worker.run(job)
+    result = AnswerResult.model_validate_json(worker.redis.hget(job_key(job.id), "result"))
+    assert 300 <= result.timings.total_ms <= (time.time() - job.created_at) * 1e3
+
+
 def test_media_that_were_encoded_before_are_not_decoded(worker: Worker, make_job: MakeJob) -> None:
     """A second question about them is answered even if the store has lost the file."""
     gone = MediaRef(id="0" * 64, media_type="image/png", modality="image", size_bytes=1)
