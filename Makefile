@@ -3,7 +3,7 @@
 #   PYTHON=python3.12    the interpreter that the virtual environment is made with
 #   PIP_ARGS="..."       options for pip: another index, or one with CPU-only builds of torch
 #   PYTEST_ARGS="..."    options for pytest
-#   CHAOS_ARGS="..."     options for the chaos tests: --jobs 200 --outage-s 10
+#   CHAOS_ARGS="..."     options for the chaos tests: --jobs 200 --outage-s 10, --keep FILE to go on later
 #   PRISM_PORT=8001      and the other settings of README.md
 
 PYTHON ?= python3
@@ -35,9 +35,9 @@ check: $(VENV)/.dev ## ruff and mypy
 
 bench: $(VENV)/.dev ## time selection, and the demo model at several token budgets, on this machine
 	$(BIN)/python benchmarks/selection.py
-	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python -m benchmarks.latency
 
-chaos: $(VENV)/.dev ## kill, freeze and overload a running service for half an hour; writes docs/reliability.md
+chaos: $(VENV)/.dev ## kill, freeze and overload a running service for an hour; writes docs/reliability.md
 	$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 clean: ## remove the virtual environment and tool caches; the demo model's cache stays

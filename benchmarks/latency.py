@@ -1,8 +1,8 @@
 """Time and memory of an answer, pruned and not, against transformers' own unpruned `generate`, in one run.
 
-    python benchmarks/latency.py                      # the embedded demo model
-    python benchmarks/latency.py --model DIRECTORY --budgets all,128,64,32 --json
-    python benchmarks/latency.py --random             # random weights in the demo's geometry
+    python -m benchmarks.latency                      # the embedded demo model
+    python -m benchmarks.latency --model DIRECTORY --budgets all,128,64,32 --json
+    python -m benchmarks.latency --random             # random weights in the demo's geometry
 
 Each round asks every configuration once about the same new picture, in an order that moves on from round to
 round, so that whatever slows the machine down meets all of them. The first round is dropped. Peak memory is
@@ -13,39 +13,44 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import psutil
 import torch
 import transformers
-from PIL import Image, ImageDraw
 from transformers import (
     AutoProcessor,
-    CLIPImageProcessor,
     Dinov2Config,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
 )
 from transformers.generation.streamers import BaseStreamer
 
+from benchmarks._measure import (
+    Spread,
+    in_turns,
+    peak_resident,
+    picture,
+    processor,
+    reset_peak_resident,
+    software,
+)
+from benchmarks._models import IMAGE_TOKEN_ID, word_processor
 from prismprune import PrunedVLM
 from prismprune.loading import DEMO, resolve
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
+
+    from PIL import Image
 
 BASELINE = "transformers"
 QUESTION = "What color is the star?"
@@ -197,28 +202,14 @@ def load(path: str, names: list[str]) -> dict[str, Contender]:
     return contenders
 
 
-def picture(number: int) -> Image.Image:
-    """A scene of five shapes on a plain ground, 640 x 480; another one for each number."""
-    image = Image.new("RGB", (640, 480), (235, 235, 225))
-    draw = ImageDraw.Draw(image)
-    for place, color in enumerate(("red", "green", "blue", "orange", "purple")):
-        left, top = (place * 120 + number * 37) % 560, (place * 90 + number * 53) % 400
-        shape = (draw.ellipse, draw.rectangle)[(place + number) % 2]
-        shape((left, top, left + 70, top + 70), fill=color)
-    return image
-
-
 def measure(contenders: dict[str, Contender], rounds: int, max_new_tokens: int) -> dict[str, list[Run]]:
-    names = list(contenders)
-    runs: dict[str, list[Run]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        image = picture(number)
-        for place in range(len(names)):
-            name = names[(place + number) % len(names)]
-            run = contenders[name].answer(image, max_new_tokens)
-            if number > 0:
-                runs[name].append(run)
-    return runs
+    """Each round asks all of them about the same new picture."""
+    images = {number: picture(number) for number in range(rounds + 1)}
+
+    def side(contender: Contender) -> Callable[[int], Run]:
+        return lambda number: contender.answer(images[number], max_new_tokens)
+
+    return in_turns({name: side(contender) for name, contender in contenders.items()}, rounds)
 
 
 def peak_memory(path: str, name: str, max_new_tokens: int) -> dict[str, int]:
@@ -238,19 +229,8 @@ def peak_memory(path: str, name: str, max_new_tokens: int) -> dict[str, int]:
     return {"loaded_bytes": loaded, "peak_bytes": peak}
 
 
-def reset_peak_resident() -> None:
-    """Forget that loading took more than answering (Linux only: see proc(5), clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_resident() -> int:
-    """VmHWM, in bytes: the most that was resident since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def peak_memory_apart(path: str, name: str, max_new_tokens: int) -> dict[str, int]:
-    command = [sys.executable, __file__, "--model", path, "--memory-of", name]
+    command = [sys.executable, "-m", "benchmarks.latency", "--model", path, "--memory-of", name]
     command += ["--max-new-tokens", str(max_new_tokens), "--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 (this very script)
     memory: dict[str, int] = json.loads(done.stdout)
@@ -259,31 +239,15 @@ def peak_memory_apart(path: str, name: str, max_new_tokens: int) -> dict[str, in
 
 def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
     """Median and quartiles of each measure."""
-    measures = {name: [asdict(run)[name] for run in runs] for name in asdict(runs[0])}
-    return {
-        name: {
-            "median": statistics.median(values),
-            "q1": statistics.quantiles(values, n=4, method="inclusive")[0],
-            "q3": statistics.quantiles(values, n=4, method="inclusive")[2],
-        }
-        for name, values in measures.items()
-    }
+    return {name: asdict(Spread.of(asdict(run)[name] for run in runs)) for name in asdict(runs[0])}
 
 
 def machine() -> dict[str, str | int]:
     """What the numbers were measured on."""
-    if torch.cuda.is_available():
-        processor = torch.cuda.get_device_name()
-    else:
-        info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        names = [line.split(": ")[1] for line in info.splitlines() if line.startswith("model name")]
-        processor = names[0] if names else platform.processor()
     return {
-        "processor": processor,
-        "cores": psutil.cpu_count() or 0,
+        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **software(),
     }
 
 
@@ -313,18 +277,6 @@ def cell(measure: dict[str, float], base: dict[str, float]) -> str:
 
 def save_random(path: str) -> None:
     """A checkpoint of the demo's geometry with random weights: ViT-S/14 at 336 px, and a 135M Llama."""
-    from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: PLC0415 (only here)
-
-    vocabulary = {token: place for place, token in enumerate(["<pad>", "<end>", "<image>", "<unk>"])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 (a word)
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",  # noqa: S106
-        eos_token="<end>",  # noqa: S106
-        unk_token="<unk>",  # noqa: S106
-        additional_special_tokens=["<image>"],
-    )
     text = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
         num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
@@ -336,23 +288,14 @@ def save_random(path: str) -> None:
         LlavaConfig(
             vision_config=vision,
             text_config=text,
-            image_token_index=2,
+            image_token_index=IMAGE_TOKEN_ID,
             vision_feature_layer=-1,
             tie_word_embeddings=True,
         )
     )
     model.generation_config = GenerationConfig(pad_token_id=0)
     model.save_pretrained(path)
-    square = {"height": 336, "width": 336}
-    LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False),
-        tokenizer=tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template="{% for part in messages[0]['content'] %}"
-        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}",
-    ).save_pretrained(path)
+    word_processor().save_pretrained(path)
 
 
 def run(arguments: argparse.Namespace, path: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ own for each precision and device, which answers at growing budgets.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -122,6 +123,7 @@ def peak_memory(
     for parameter in vlm.model.parameters():
         parameter.data.any()  # weights are mapped from the file, and resident only once they are touched
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading freed goes back to Linux, or it would be counted
     on_cuda = vlm.device.type == "cuda"
     loaded = torch.cuda.memory_allocated() if on_cuda else psutil.Process().memory_info().rss
     peaks = {}
