@@ -32,7 +32,7 @@ SIMILAR = 0.75
 """Prompts are prefilled together while the shortest has this share of the longest: padding is work, too."""
 CPU_PREFILL_TOKENS = 640
 """Of several prompts together, on a CPU: so many fill it, and what more of them compute leaves its caches.
-Eight prompts of 585 tokens took a seventh longer together than one by one."""
+Eight prompts of 585 tokens took a tenth longer together than one by one."""
 
 
 @dataclass(frozen=True)

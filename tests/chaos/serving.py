@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from prismprune import media
 from prismprune.results import Answer, Memory, PartMap, Timings, VisualTokens
 from worker.process import WorkerProcess, main
 
@@ -43,7 +44,7 @@ class Sleeper:
     """
 
     family = "sleeper"
-    modalities = ("image",)
+    modalities = ("image", "video")
     quantization = revision = None
     device = torch.device("cpu")
 
@@ -157,9 +158,10 @@ def _answer(question: str, finish_reason: Any) -> Answer:
 
 
 class ChaosProcess(WorkerProcess):
-    """Serves the sleeper, whose diary lies beside the media store."""
+    """Serves the sleeper, whose diary lies beside the media store, with decoders that suffer on request."""
 
     def _load(self) -> Any:
+        media._CHILD = Path(__file__).with_name("decoder.py")
         return Sleeper(Path(self._settings.media_url.removeprefix("file://")).parent / "diary")
 
 

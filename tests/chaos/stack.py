@@ -34,11 +34,11 @@ ROOT = Path(__file__).parents[2]
 MODEL = "sleeper"
 
 
-MAX_QUEUE = 64
+WARM_S = 300
+"""Within which a service starts, also on a machine that is busy with others."""
 STALL_S = 5
 DEFAULTS: dict[str, object] = {
     "max_batch": BATCH,
-    "max_queue": MAX_QUEUE,
     "engine_stall_s": STALL_S,
     "max_wait_ms": 50,
     "worker_metrics_port": 0,
@@ -54,8 +54,8 @@ def png(size: tuple[int, int] = (32, 24)) -> bytes:
     return buffer.getvalue()
 
 
-def data_uri(data: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def data_uri(data: bytes, media_type: str = "image/png") -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
 
 
 PICTURE_BYTES = png()
@@ -120,15 +120,24 @@ class Worker(Part):
     """A supervisor and, below it, the serving process."""
 
     def kill_serving(self) -> int | None:
-        """Kill -9 of the serving process, if there is one; returns its pid."""
+        """Kill -9 of the serving process, if there is one, whose pid is returned once it is gone."""
         pid = self.serving_pid
         if pid is not None:
-            os.kill(pid, signal.SIGKILL)
+            process = psutil.Process(pid)
+            process.kill()
+            process.wait(10)
         return pid
 
     @property
     def serving_pid(self) -> int | None:
         return next((child.pid for child in psutil.Process(self.pid).children()), None)
+
+    def vanish(self) -> None:
+        """Both at once, as with their machine: nobody is left to say that the serving process is dead."""
+        pid = self.serving_pid
+        self.kill()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
 
 
 @dataclass
@@ -227,14 +236,17 @@ class Stack:
     def until_warm(self) -> None:
         """Waits until every front end says that a question would be answered, and every worker is there."""
         for url in self.urls:
-            wait_until(lambda: _healthy(url), 120, f"{url} is healthy")  # noqa: B023 - called at once
-        wait_until(lambda: self._warm_workers() == self.workers, 120, "all workers are warm")
+            wait_until(lambda: _healthy(url), WARM_S, f"{url} is healthy")  # noqa: B023 - called at once
+        wait_until(lambda: len(self.warm_parts) == self.workers, WARM_S, "all workers are warm")
 
-    def _warm_workers(self) -> int:
-        """How many have said within the last seconds that they are."""
-        pids = {part.serving_pid for part in self.worker_parts}
+    @property
+    def warm_parts(self) -> list[Worker]:
+        """Workers whose present serving process has said that it is warm; none while the broker is away."""
+        if not self._broker_answers():
+            return []
         statuses = [json.loads(text) for text in self.redis.hvals(WORKERS_KEY)]
-        return sum(each["warm"] and int(each["worker_id"].split(":")[1]) in pids for each in statuses)
+        warm = {int(each["worker_id"].split(":")[1]) for each in statuses if each["warm"]}
+        return [part for part in self.worker_parts if part.serving_pid in warm]
 
     def notes(self, words: str) -> list[dict[str, Any]]:
         """What the models wrote into their diary about questions that begin with these words."""
@@ -257,8 +269,9 @@ def _healthy(url: str) -> bool:
 
 
 def asking(question: str, **fields: Any) -> dict[str, Any]:
-    """The body of a request."""
-    return {"question": question, "image": PICTURE, "deadline_s": 600, **fields}
+    """The body of a request, about a picture where it names no other media."""
+    media = {} if "video" in fields else {"image": PICTURE}
+    return {"question": question, "deadline_s": 600, **media, **fields}
 
 
 def submit(client: httpx.Client, question: str, **fields: Any) -> str | None:

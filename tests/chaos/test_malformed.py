@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -27,10 +28,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import httpx
+    from kombu import Message
     from redis import Redis
 
     from service.settings import ServiceSettings
     from worker.contract import AnswerJob
+
+    Note = Callable[[str, object], None]
 
 AT_ONCE = 8
 WITHIN_S = 60
@@ -41,7 +45,18 @@ FULL = {"pictures": 10_000, "videos": 1_000, "requests": 5_000}
 
 
 class Decoder(StandInWorker):
-    """Decodes each job's media as a worker does."""
+    """Decodes each job's media as a worker does; keeps of the jobs no more than their ids."""
+
+    def __init__(self, broker_url: str, media: Path) -> None:
+        super().__init__(broker_url, media)
+        self.ids: list[str] = []
+
+    def _take(self, message: Message) -> AnswerJob:
+        job = super()._take(message)
+        self.ids.append(job.id)
+        self.jobs.clear()
+        self.messages.clear()
+        return job
 
     def _undecodable(self, job: AnswerJob) -> Problem | None:
         try:
@@ -75,19 +90,30 @@ async def client(
         yield front_end
 
 
+@pytest.fixture
+def note(request: pytest.FixtureRequest) -> Note:
+    """Keeps what was seen with the test's report, from which `make chaos` writes its page."""
+    return lambda name, value: request.node.user_properties.append((name, value))
+
+
 async def run(
-    client: httpx.AsyncClient, count: int, case: Callable[[random.Random], dict[str, Any]]
+    client: httpx.AsyncClient,
+    count: int,
+    case: Callable[[random.Random], dict[str, Any]],
+    note: Note,
 ) -> Counter[int]:
     """Sends `count` cases, some at once; their statuses. Memory may not grow after a third of them."""
     process, numbers = psutil.Process(), iter(range(count))
-    statuses, settled = Counter[int](), [0]
+    statuses, settled, slowest_s = Counter[int](), [0], [0.0]
 
     async def caller() -> None:
         for number in numbers:
             if number == count // 3:
                 settled[0] = process.memory_info().rss
+            began = time.monotonic()
             async with asyncio.timeout(WITHIN_S):
                 response = await client.request(**case(random.Random(number)))
+            slowest_s[0] = max(slowest_s[0], time.monotonic() - began)
             statuses[response.status_code] += 1
             assert response.status_code < 500, (number, response.text)
             if response.status_code >= 400:
@@ -96,12 +122,16 @@ async def run(
     await asyncio.gather(*(caller() for _ in range(AT_ONCE)))
     grown = process.memory_info().rss - settled[0]
     assert grown < GROWTH_BYTES, f"{grown} bytes more than after a third of the cases"
+    note("cases", count)
+    note("by status", {status: statuses[status] for status in sorted(statuses)})
+    note("slowest, s", round(slowest_s[0], 1))
+    note("grown after a third of them, MiB", round(grown / 2**20, 1))
     return statuses
 
 
 async def ended(redis: Redis, decoder: Decoder) -> None:
     """Every job that was accepted has exactly one state, a terminal one."""
-    expected = {job.id for job in decoder.jobs}
+    expected = set(decoder.ids)
     keys = list(redis.scan_iter("prism:job:*", count=1000, _type="hash"))
     for _ in range(500):
         states = Counter(redis.hget(key, "state") for key in keys)
@@ -110,12 +140,16 @@ async def ended(redis: Redis, decoder: Decoder) -> None:
         await asyncio.sleep(0.02)
     assert all(JobState(state).terminal for state in states), states
     assert {key.removeprefix("prism:job:") for key in keys} >= expected
-    assert len(expected) == len(decoder.jobs)
+    assert len(expected) == len(decoder.ids)
 
 
 @pytest.mark.timeout(7200)
 async def test_broken_pictures(
-    client: httpx.AsyncClient, decoder: Decoder, redis: Redis, scale: dict[str, int]
+    client: httpx.AsyncClient,
+    decoder: Decoder,
+    redis: Redis,
+    scale: dict[str, int],
+    note: Note,
 ) -> None:
     """Refused at the door, failed by the worker, or answered: some of each."""
     goods = malformed.pictures()
@@ -124,7 +158,7 @@ async def test_broken_pictures(
         body = malformed.with_picture(malformed.broken(goods, rng))
         return {"method": "POST", "url": "/v1/answer", "json": body}
 
-    statuses = await run(client, scale["pictures"], case)
+    statuses = await run(client, scale["pictures"], case, note)
     await ended(redis, decoder)
     assert set(statuses) <= {200, 413, 415, 422}
     assert min(statuses[200], statuses[415], statuses[422]) > 0
@@ -132,7 +166,11 @@ async def test_broken_pictures(
 
 @pytest.mark.timeout(14400)
 async def test_broken_videos(
-    client: httpx.AsyncClient, decoder: Decoder, redis: Redis, scale: dict[str, int]
+    client: httpx.AsyncClient,
+    decoder: Decoder,
+    redis: Redis,
+    scale: dict[str, int],
+    note: Note,
 ) -> None:
     """Each is decoded in a process of its own, whose end costs that job alone."""
     goods = malformed.videos()
@@ -141,7 +179,7 @@ async def test_broken_videos(
         body = malformed.with_video(malformed.broken(goods, rng))
         return {"method": "POST", "url": "/v1/answer", "json": body}
 
-    statuses = await run(client, scale["videos"], case)
+    statuses = await run(client, scale["videos"], case, note)
     await ended(redis, decoder)
     assert set(statuses) <= {200, 413, 415, 422}
     assert statuses[422] > 0
@@ -149,9 +187,13 @@ async def test_broken_videos(
 
 @pytest.mark.timeout(7200)
 async def test_broken_requests(
-    client: httpx.AsyncClient, decoder: Decoder, redis: Redis, scale: dict[str, int]
+    client: httpx.AsyncClient,
+    decoder: Decoder,
+    redis: Redis,
+    scale: dict[str, int],
+    note: Note,
 ) -> None:
     """Whatever the route, the headers and the fields: a refusal of the caller's, or an answer."""
-    statuses = await run(client, scale["requests"], malformed.request)
+    statuses = await run(client, scale["requests"], malformed.request, note)
     await ended(redis, decoder)
     assert {202, 400, 404, 405, 415, 422} <= set(statuses)

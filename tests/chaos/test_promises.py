@@ -17,8 +17,9 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Two front ends and two workers, which each promise finds as the one before has left them: alive."""
-    with Stack(tmp_path_factory.mktemp("chaos") / "stack", settings=QUICK) as running:
+    """Front ends and workers, which each promise finds as the one before has left them: alive."""
+    settings = QUICK | {"max_queue": SHORT.max_queue}
+    with Stack(tmp_path_factory.mktemp("chaos") / "stack", settings, workers=SHORT.workers) as running:
         yield running
 
 

@@ -1,0 +1,1 @@
+"""This service against what else would serve the same model on the same machine. See docs/performance.md."""

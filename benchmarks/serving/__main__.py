@@ -1,0 +1,194 @@
+"""This service under load, beside what else would serve the same model on this machine's CPU.
+
+    python -m benchmarks.serving --threads 2 --cores 0,1 --json serving.json --plot serving.png
+    python -m benchmarks.serving --clients 1,2,4,8,16,32 --rates 0.5,1,2 --rounds 5
+
+The sides: this service at several budgets, `transformers serve`, vLLM on the CPU and LitServe around plain
+transformers. All serve one checkpoint (`checkpoint.py`), in float32, on the same cores, and are asked the
+same questions about the same pictures; every answer has the same number of tokens. Every request of a round
+shows a picture that nobody has asked about before, so that no cache decides anything. The sides take turns
+in every round, in an order that moves on, so that whatever slows the machine down meets all of them.
+
+What vLLM and LitServe need is installed once, in environments below --cache (vLLM: 6 GB).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import operator
+import os
+import signal
+import statistics
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from benchmarks._measure import add_outputs, processor, write_json
+from benchmarks.serving.asking import Contender, closed_loop, open_loop, questions
+from benchmarks.serving.checkpoint import checkpoint
+from benchmarks.serving.report import Load, Row, plot, rows, table
+from benchmarks.serving.rivals import litserve_plain, vllm_cpu
+from benchmarks.serving.rivals.litserve_plain import LitServePlain
+from benchmarks.serving.rivals.ours import PrismPrune
+from benchmarks.serving.rivals.transformers_serve import TransformersServe
+from benchmarks.serving.rivals.vllm_cpu import VllmCpu
+from benchmarks.serving.servers import Keeper
+from prismprune.settings import LibrarySettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from benchmarks.serving.asking import Round
+    from benchmarks.serving.servers import Rival
+
+SAME = 4
+"""Questions that all sides answer before anything is measured."""
+RIVALS = ("transformers", "vllm", "litserve")
+
+
+def main() -> None:
+    asked = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ended like this, it ends its servers first
+    if asked.cores:
+        os.sched_setaffinity(0, asked.cores)  # inherited by all servers
+    with tempfile.TemporaryDirectory() as scratch, Keeper(asked.threads, asked.logs) as keeper:
+        bench = Bench(_contenders(keeper, asked, Path(scratch)), asked.tokens)
+        same, measured = bench.warm_up(), []
+        for load in _loads(asked):
+            measured += bench.measure(load, _requests(load, asked), asked.rounds)
+            _save(asked, same, measured)  # what comes next takes minutes
+    agreed = ", ".join(f"{name} {share:.0%}" for name, share in same.items())
+    print(table(_head(asked), measured), f"\nThe same answers as {next(iter(same))}: {agreed}.")
+
+
+def _save(asked: argparse.Namespace, same: dict[str, float], measured: list[Row]) -> None:
+    results = {"settings": _head(asked), "same_answers": same, "rows": [asdict(row) for row in measured]}
+    write_json(asked.json, results)
+    if asked.plot:
+        plot(measured, asked.plot)
+
+
+def _head(asked: argparse.Namespace) -> str:
+    lengths = f"{asked.rounds} rounds; answers of {asked.tokens} tokens"
+    return f"{processor()}, {asked.threads} threads a server; {lengths}"
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--rivals", type=_names, default=RIVALS, help=f"of {','.join(RIVALS)}")
+    add("--budgets", type=_names, default=("all", "128", "64", "32"), help="of this service")
+    add("--clients", type=_numbers, default=(1, 8, 32), help="closed loops; none: 0")
+    add("--rates", type=_rates, default=(), help="open loops: requests a second")
+    add("--requests", type=int, default=6, help="of each side in each round, at least; and at least")
+    add("--waves", type=float, default=1.25, help="so many of each client")
+    add("--rounds", type=int, default=3)
+    add("--tokens", type=int, default=4, help="of each answer")
+    add("--threads", type=int, default=2, help="of each server")
+    add("--cores", type=_numbers, help="all of them run on these; default: those of this process")
+    add("--cache", type=Path, default=LibrarySettings().cache_dir / "benchmarks")
+    add("--vllm-python", type=Path, help="of an environment that has vLLM already")
+    add("--litserve-python", type=Path, help="of one that has LitServe, torch and transformers")
+    add("--logs", type=Path, default=Path(tempfile.gettempdir()) / "prismprune-serving")
+    add_outputs(parser)
+    return parser.parse_args()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(number for number in map(int, _names(text)))
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    return tuple(map(float, _names(text)))
+
+
+def _contenders(keeper: Keeper, asked: argparse.Namespace, scratch: Path) -> list[Contender]:
+    """All sides, started and ready, this service once for each of its budgets."""
+    model = checkpoint(asked.cache / "checkpoint")
+    cores = sorted(os.sched_getaffinity(0))[: asked.threads]
+    makers: dict[str, Callable[[], Rival]] = {
+        "transformers": lambda: TransformersServe(str(model.transformers)),
+        "vllm": lambda: VllmCpu(
+            str(model.published), asked.vllm_python or vllm_cpu.environment(asked.cache).ready(), cores
+        ),
+        "litserve": lambda: LitServePlain(
+            str(model.transformers), asked.litserve_python or litserve_plain.environment(asked.cache).ready()
+        ),
+    }
+    rivals: list[Rival] = [makers[name]() for name in asked.rivals]
+    contenders = [Contender(server, server.rival.name, {}) for server in map(keeper.start, rivals)]
+    ours = keeper.start(PrismPrune(str(model.transformers), scratch))
+    budgets = [budget if budget == "all" else int(budget) for budget in asked.budgets]
+    return contenders + [Contender(ours, f"prismprune {each}", {"token_budget": each}) for each in budgets]
+
+
+def _loads(asked: argparse.Namespace) -> list[Load]:
+    closed = [Load("closed", clients) for clients in asked.clients if clients]
+    return closed + [Load("open", rate) for rate in asked.rates]
+
+
+def _requests(load: Load, asked: argparse.Namespace) -> int:
+    waves = round(asked.waves * load.level) if load.way == "closed" else 0
+    return max(int(asked.requests), waves)
+
+
+@dataclass
+class Bench:
+    """The sides, and how long their answers are. No two rounds show the same picture."""
+
+    contenders: Sequence[Contender]
+    tokens: int
+    _seed: int = 0
+
+    def warm_up(self) -> dict[str, float]:
+        """Let every side answer the same questions; how many of each side's answers are the first one's."""
+        contents, said = questions(SAME, self._seeds()), {}
+        for contender in self.contenders:
+            one = asyncio.run(closed_loop(contender, contents, 1, self.tokens))
+            two = asyncio.run(closed_loop(contender, questions(SAME, self._seeds()), SAME, self.tokens))
+            said[contender.name] = [answer.text for answer in one.answers]
+            self._say(f"warm, {two.per_s:.2f}/s", contender)
+        first = next(iter(said.values()))
+        return {name: statistics.mean(map(operator.eq, own, first)) for name, own in said.items()}
+
+    def measure(self, load: Load, requests: int, rounds: int) -> list[Row]:
+        """Rounds of all sides in turn."""
+        measured: dict[str, list[Round]] = {contender.name: [] for contender in self.contenders}
+        for number in range(rounds):
+            seed = self._seeds()
+            for place in range(len(self.contenders)):
+                contender = self.contenders[(place + number) % len(self.contenders)]
+                measured[contender.name].append(self._round(contender, load, requests, seed))
+        return rows(load, measured)
+
+    def _round(self, contender: Contender, load: Load, requests: int, seed: int) -> Round:
+        contents = questions(requests, seed)
+        if load.way == "closed":
+            loop = closed_loop(contender, contents, int(load.level), self.tokens)
+        else:
+            loop = open_loop(contender, contents, load.level, self.tokens, seed)
+        done = asyncio.run(loop)
+        cost = f"{done.usage.cpu_s / len(done.answers):.2f} processor seconds an answer"
+        self._say(f"{load}: {done.per_s:.2f}/s, {cost}", contender)
+        return done
+
+    def _seeds(self) -> int:
+        self._seed += 100_000
+        return self._seed
+
+    @staticmethod
+    def _say(what: str, contender: Contender) -> None:
+        print(f"{contender.name}: {what}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The sides of the comparison, a module each."""

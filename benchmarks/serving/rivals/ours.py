@@ -1,0 +1,35 @@
+"""PrismPrune as `make serve` starts it, at its default settings, but that no encoding is kept for later."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from benchmarks.serving.servers import Launch
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+
+@dataclass(frozen=True)
+class PrismPrune:
+    """Keeps its data, its broker's too, in a folder of its own. The budget is a field of each request."""
+
+    model: str
+    data: Path
+    name: str = "prismprune"
+    own: Mapping[str, Any] = field(default_factory=dict)
+    streams: bool = True
+
+    def launch(self, host: str, port: int) -> Launch:
+        environment = {
+            "PRISM_HOST": host,
+            "PRISM_PORT": str(port),
+            "PRISM_DATA_DIR": str(self.data),
+            "PRISM_MODEL": self.model,
+            "PRISM_MEDIA_CACHE_BYTES": "0",
+            "PRISM_TIMEOUT_S": "600",  # as long as the client waits
+        }
+        return Launch((sys.executable, "-m", "service.serve"), environment, "/healthz")

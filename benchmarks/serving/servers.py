@@ -1,0 +1,180 @@
+"""The servers that are compared: how one is started, watched and ended. It knows none of them by name."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import httpx
+import psutil
+
+from service.serve import guard
+from service.serve.machine import free_ports
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+    from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+START_S = 1800
+"""vLLM compiles for minutes, and for many more where the machine is busy."""
+PATIENCE_S = 30
+"""For a server to end after SIGTERM, before its whole process group is killed."""
+LOOK_S = 0.25
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server's command line, what it needs in its environment, and where it says that it is ready."""
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    health: str
+
+
+class Rival(Protocol):
+    """A server that speaks OpenAI's chat completions.
+
+    model: what requests call the model. own: fields that its requests carry beside OpenAI's. streams: whether
+    it can send an answer token by token.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def model(self) -> str: ...
+
+    @property
+    def own(self) -> Mapping[str, Any]: ...
+
+    @property
+    def streams(self) -> bool: ...
+
+    def launch(self, host: str, port: int) -> Launch:
+        """How it is started there."""
+
+
+@dataclass
+class Server:
+    """A rival that is ready."""
+
+    rival: Rival
+    url: str
+    process: psutil.Process
+
+    @contextmanager
+    def watched(self) -> Iterator[Usage]:
+        """Fills what it yields while the block runs."""
+        usage, over = Usage(), threading.Event()
+        before = tree_cpu_s(self.process)
+
+        def look() -> None:
+            while True:
+                usage.peak_bytes = max(usage.peak_bytes, tree_bytes(self.process))
+                if over.wait(LOOK_S):
+                    return
+
+        watcher = threading.Thread(target=look)
+        watcher.start()
+        try:
+            yield usage
+        finally:
+            over.set()
+            watcher.join()
+            usage.cpu_s = tree_cpu_s(self.process) - before
+
+
+@dataclass
+class Usage:
+    """What a server's processes took: memory at the most, and processor time in all."""
+
+    peak_bytes: int = 0
+    cpu_s: float = 0.0
+
+
+def tree_bytes(root: psutil.Process) -> int:
+    """Proportional set size of a process and all its descendants: what they share counts once."""
+    total = 0
+    for process in (root, *root.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            total += process.memory_full_info().pss
+    return total
+
+
+def tree_cpu_s(root: psutil.Process) -> float:
+    """Processor seconds of a process and all its descendants, those that it has seen end included."""
+    total = 0.0
+    for process in (root, *root.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])  # user and system, its own and its ended children's
+    return total
+
+
+@dataclass
+class Keeper:
+    """Starts servers; as a context, ends them all. Should this process be killed, a guard process does."""
+
+    threads: int
+    logs: Path
+    _groups: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self.logs.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-I", "-S", guard.__file__]
+        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)  # noqa: S603
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._groups:
+            process.terminate()
+        for process in reversed(self._groups):
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE_S)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        self._guard.communicate()  # its groups are gone: it ends with its input
+
+    def start(self, rival: Rival) -> Server:
+        """A server that is ready. Raises SystemExit, with the end of its log, if it does not become so."""
+        (port,) = free_ports(1)
+        launch = rival.launch(LOOPBACK, port)
+        log = self.logs / f"{rival.name.replace(' ', '-')}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(  # noqa: S603 -- our own server, or one compared with
+                launch.command,
+                env={**os.environ, "OMP_NUM_THREADS": str(self.threads), **launch.environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self._groups.append(process)
+        self._tell_guard(process.pid)
+        url = f"http://{LOOPBACK}:{port}"
+        _await_health(process, url + launch.health, log)
+        return Server(rival, url, psutil.Process(process.pid))
+
+    def _tell_guard(self, group: int) -> None:
+        if self._guard.stdin is None:
+            raise RuntimeError("the guard has no input")
+        self._guard.stdin.write(f"+{group}\n")
+        self._guard.stdin.flush()
+
+
+def _await_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    until = time.monotonic() + START_S
+    while process.poll() is None and time.monotonic() < until:
+        with suppress(httpx.HTTPError):  # not there yet
+            if httpx.get(url, timeout=5).is_success:
+                return
+        time.sleep(0.5)
+    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
+    raise SystemExit(f"{url} is not served (exit code {process.returncode}):\n{tail}")

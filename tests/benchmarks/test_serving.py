@@ -1,0 +1,153 @@
+"""The load generator of `benchmarks.serving`: what it counts, and that it leaves no server behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from benchmarks.serving.asking import Contender, Round, Told, closed_loop, open_loop, questions
+from benchmarks.serving.checkpoint import TOWER, renamed
+from benchmarks.serving.report import Load, plot, rows, table
+from benchmarks.serving.servers import Keeper, Launch, Usage
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+ANSWERING = Path(__file__).with_name("answering.py")
+
+
+@dataclass(frozen=True)
+class Words:
+    """`answering.py` as a rival."""
+
+    model: str = "words"
+    streams: bool = True
+    name: str = "words"
+    own: Mapping[str, object] = field(default_factory=dict)
+
+    def launch(self, _host: str, port: int) -> Launch:
+        return Launch((sys.executable, str(ANSWERING), str(port)), {}, "/")
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Iterator[Keeper]:
+    with Keeper(threads=1, logs=tmp_path) as keeper:
+        yield keeper
+
+
+@pytest.mark.parametrize("streams", [True, False])
+@pytest.mark.parametrize("way", ["closed", "open"])
+def test_every_question_is_asked_once(keeper: Keeper, way: str, streams: bool) -> None:
+    """By closed and by open loops; an answer that comes whole has no time per token."""
+    contender = Contender(keeper.start(Words(streams=streams)), "words", {})
+    contents = questions(5, seed=1)
+    loop = (
+        closed_loop(contender, contents, clients=2, tokens=3)
+        if way == "closed"
+        else open_loop(contender, contents, per_s=50, tokens=3, seed=1)
+    )
+    done = asyncio.run(loop)
+    assert [answer.text for answer in done.answers] == ["word word word"] * 5
+    assert {answer.per_token_s is None for answer in done.answers} == {not streams}
+    assert all(0 < answer.first_s <= answer.total_s <= done.wall_s for answer in done.answers)
+    assert done.usage.peak_bytes > 0
+
+
+def test_an_answer_of_another_length_ends_the_benchmark(keeper: Keeper) -> None:
+    """A side that stops early would look fast."""
+    contender = Contender(keeper.start(Words(model="2")), "words", {})
+    with pytest.raises(RuntimeError, match="2 tokens where 3"):
+        asyncio.run(closed_loop(contender, questions(1, seed=1), clients=1, tokens=3))
+
+
+def test_no_two_questions_of_a_round_show_the_same_picture() -> None:
+    """Nor those of two rounds; the same seed asks every side the same."""
+    urls = [content[0]["image_url"]["url"] for seed in (0, 100) for content in questions(20, seed)]
+    assert len(set(urls)) == len(urls)
+    assert questions(3, seed=7) == questions(3, seed=7)
+
+
+def of_rounds(*walls_s: float) -> list[Round]:
+    """Rounds of two answers each, of which one took the whole round and one half of it."""
+    return [
+        Round(
+            (Told(wall / 4, wall, "a", 4, whole=False), Told(wall / 4, wall / 2, "a", 4, whole=False)),
+            wall,
+            Usage(2**20, wall),
+        )
+        for wall in walls_s
+    ]
+
+
+def test_ratios_are_those_of_each_round(tmp_path: Path) -> None:
+    """Sides are compared round by round, as the machine may be slower in one than in the other."""
+    measured = rows(Load("closed", 2), {"vllm": of_rounds(4, 40, 8), "ours": of_rounds(1, 10, 8)})
+    baseline, ours = measured
+    assert (baseline.rate_ratio, baseline.p50_ratio) == (1, 1)
+    assert (ours.rate_ratio, ours.p50_ratio) == (4, 0.25)
+    assert (ours.per_s, ours.least_per_s, ours.most_per_s) == (0.25, 0.2, 2)
+    assert (ours.p99_s, ours.answers) == (10, 6)
+    assert "| 2 clients | ours | 0.25 (0.20 to 2.00) | 4.00 |" in table("head", measured)
+    plot(measured, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def test_servers_end_with_the_block(tmp_path: Path) -> None:
+    """However it is left."""
+    with suppress(LookupError), Keeper(threads=1, logs=tmp_path) as keeper:
+        process = keeper.start(Words()).process
+        raise LookupError
+    assert not process.is_running()
+
+
+def test_a_server_that_ends_instead_of_starting_is_told_with_its_log(keeper: Keeper) -> None:
+    """Nobody waits for it."""
+
+    class Broken(Words):
+        def launch(self, _host: str, _port: int) -> Launch:
+            return Launch((sys.executable, "-c", "raise SystemExit('no weights')"), {}, "/")
+
+    with pytest.raises(SystemExit, match="no weights"):
+        keeper.start(Broken())
+
+
+def test_servers_end_when_the_benchmark_is_killed(tmp_path: Path) -> None:
+    """SIGKILL leaves it no time to end them itself."""
+    script = (
+        "import pathlib, time; from benchmarks.serving.servers import Keeper; "
+        "from tests.benchmarks.test_serving import Words\n"
+        f"with Keeper(1, pathlib.Path({str(tmp_path)!r})) as keeper:\n"
+        "    print(keeper.start(Words()).process.pid, flush=True); time.sleep(60)"
+    )
+    benchmark = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ANSWERING.parents[2]
+    )
+    with benchmark:
+        assert benchmark.stdout is not None
+        server = psutil.Process(int(benchmark.stdout.readline()))
+        os.kill(benchmark.pid, signal.SIGKILL)
+    until = time.monotonic() + 30
+    with suppress(psutil.NoSuchProcess):
+        while server.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:
+            time.sleep(0.05)
+        assert server.status() == psutil.STATUS_ZOMBIE
+
+
+def test_only_the_towers_names_differ(tmp_path: Path) -> None:
+    """Published checkpoints name them so, and vLLM reads those names."""
+    file = tmp_path / "model.safetensors"
+    save_file({f"{TOWER}a.weight": torch.ones(1), "language_model.model.b": torch.zeros(1)}, file)
+    assert set(renamed(file)) == {"vision_tower.vision_model.a.weight", "language_model.model.b"}
