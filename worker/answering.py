@@ -21,17 +21,19 @@ from worker.contract import (
 )
 
 if TYPE_CHECKING:
-    from prismprune.media import Clip, Picture
+    from prismprune.media import Clip, MediaLimits, Picture
     from prismprune.results import Answer
     from worker.engine import Answered
     from worker.store import MediaStore
 
 
-def decode(job: AnswerJob, store: MediaStore) -> tuple[Picture | Clip, ...]:
+def decode(job: AnswerJob, store: MediaStore, limits: MediaLimits) -> tuple[Picture | Clip, ...]:
     """The job's media out of the store, decoded. Raises `MediaNotFoundError` and what decoding raises."""
     sampling = FrameSampling(**job.sampling.model_dump())
     return tuple(
-        decode_video(store.read(ref), sampling) if ref.modality == "video" else decode_image(store.read(ref))
+        decode_video(store.read(ref), sampling, limits)
+        if ref.modality == "video"
+        else decode_image(store.read(ref), limits)
         for ref in job.media
     )
 

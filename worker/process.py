@@ -126,6 +126,7 @@ class WorkerProcess:
             self._metrics,
             default_budget=settings.default_token_budget,
             decoders=settings.concurrency,
+            limits=settings.media_limits,
             spans=self._spans,
         )
 

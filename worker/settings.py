@@ -8,7 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from prismprune import InvalidOptionError, Quantization
+from prismprune import InvalidOptionError, MediaLimits, Quantization
+from prismprune.media import DEFAULT_LIMITS
 from worker.contract import MAX_TOKEN_BUDGET
 
 
@@ -50,6 +51,21 @@ class WorkerSettings(BaseSettings):
     concurrency: Annotated[int, Field(ge=1)] = 16
     """Jobs held at once. Twice the batch, so that the next one is decoded while this one generates."""
 
+    max_image_bytes: Annotated[int, Field(gt=0)] = DEFAULT_LIMITS.max_image_bytes
+    """What is checked once more where media are decoded: as on the front ends, which refuse them at once."""
+    max_image_pixels: Annotated[int, Field(gt=0)] = DEFAULT_LIMITS.max_pixels
+    max_video_bytes: Annotated[int, Field(gt=0)] = DEFAULT_LIMITS.max_video_bytes
+    max_sampled_frames: Annotated[int, Field(ge=1, le=64)] = DEFAULT_LIMITS.max_frames
+    max_video_pixels: Annotated[int, Field(gt=0)] = DEFAULT_LIMITS.max_video_pixels
+    """Of each frame: 4K in either of its shapes."""
+    max_video_s: Annotated[float, Field(gt=0)] = DEFAULT_LIMITS.max_duration_s
+    max_video_frames: Annotated[int, Field(gt=0)] = DEFAULT_LIMITS.max_video_frames
+    """In the file: ten minutes at 60 a second."""
+    decode_timeout_s: Annotated[float, Field(gt=0)] = DEFAULT_LIMITS.decode_timeout_s
+    """Wall and processor time of the process that decodes a video."""
+    decode_memory_bytes: Annotated[int, Field(gt=0)] = DEFAULT_LIMITS.decode_memory_bytes
+    """Its address space."""
+
     max_attempts: Annotated[int, Field(ge=1)] = 3
     """A job whose worker died this often while it ran alone is given up instead of killing one more."""
     lease_s: Annotated[float, Field(gt=0)] = 15
@@ -83,6 +99,21 @@ class WorkerSettings(BaseSettings):
         except PackageNotFoundError:
             raise ValueError("traces need the extra `tracing`: pip install 'prismprune[tracing]'") from None
         return value
+
+    @property
+    def media_limits(self) -> MediaLimits:
+        """The limits of decoding together."""
+        return MediaLimits(
+            max_image_bytes=self.max_image_bytes,
+            max_pixels=self.max_image_pixels,
+            max_video_bytes=self.max_video_bytes,
+            max_video_pixels=self.max_video_pixels,
+            max_duration_s=self.max_video_s,
+            max_frames=self.max_sampled_frames,
+            max_video_frames=self.max_video_frames,
+            decode_timeout_s=self.decode_timeout_s,
+            decode_memory_bytes=self.decode_memory_bytes,
+        )
 
     @property
     def quantized(self) -> Quantization | None:

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from redis.exceptions import RedisError
 
 from prismprune.errors import PrismError
-from prismprune.media import Clip
+from prismprune.media import DEFAULT_LIMITS, Clip, MediaLimits
 from worker.answering import answer_result, decode, visual_request
 from worker.company import Company
 from worker.contract import AnswerJob, DeadLetter, JobState
@@ -58,6 +58,7 @@ class JobRunner:
         *,
         default_budget: int | Literal["all"],
         decoders: int,
+        limits: MediaLimits = DEFAULT_LIMITS,
         spans: AttemptSpans | None = None,
     ) -> None:
         self._jobs = jobs
@@ -67,6 +68,7 @@ class JobRunner:
         self._default_budget = default_budget
         # A decode cannot be interrupted, only left behind; so many of them at once cannot harm.
         self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decoder")
+        self._limits = limits
         self._company = Company()
         self._spans = spans
 
@@ -144,7 +146,7 @@ class JobRunner:
         """Media that were encoded before are not even decoded."""
         if (encoded := self._engine.encoded(request)) is not None:
             return replace(request, encoded=encoded)
-        decoding = self._decoders.submit(decode, job, self._store)
+        decoding = self._decoders.submit(decode, job, self._store, self._limits)
         media = result_within(decoding, claim.stop, deadline)
         for ref, clip in zip(job.media, media, strict=True):
             if isinstance(clip, Clip) and clip.total_frames is not None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
-from prismprune import TokenBudget
+from prismprune import MediaTooLargeError, TokenBudget
+from prismprune.media import DEFAULT_LIMITS
 from prismprune.results import PartMap
 from tests.worker.conftest import answer, stored
 from worker.answering import answer_result, decode, visual_request
 from worker.contract import AnswerResult, FrameSampling, Generation, PrismOptions
 from worker.engine import Answered
+from worker.settings import WorkerSettings
 from worker.store import MediaStore
 
 if TYPE_CHECKING:
@@ -132,6 +136,17 @@ def test_the_same_warning_is_said_once(make_job: MakeJob) -> None:
     assert result_of(job, warned, warned).warnings == ("kept all",)
 
 
+def test_media_are_held_to_the_workers_limits(make_job: MakeJob, media_url: str) -> None:
+    """What the settings say about pixels, also where the front end let more through."""
+    picture = BytesIO()
+    Image.new("RGB", (40, 30)).save(picture, "PNG")
+    job, store = make_job(media=(stored(media_url, picture.getvalue()),)), MediaStore(media_url)
+    (decoded,) = decode(job, store, WorkerSettings(media_url=media_url, max_image_pixels=1200).media_limits)
+    assert decoded.size == (40, 30)
+    with pytest.raises(MediaTooLargeError, match="1199 pixels"):
+        decode(job, store, WorkerSettings(media_url=media_url, max_image_pixels=1199).media_limits)
+
+
 def test_a_video_is_decoded_with_the_jobs_sampling(make_job: MakeJob, media_url: str, tmp_path: Path) -> None:
     """Four frames of a short clip; its visual tokens are the video's."""
     path = tmp_path / "clip.mp4"
@@ -146,7 +161,7 @@ def test_a_video_is_decoded_with_the_jobs_sampling(make_job: MakeJob, media_url:
         update={"modality": "video", "media_type": "video/mp4"}
     )
     job = make_job(media=(ref,), sampling={"num_frames": 4})
-    (clip,) = decode(job, MediaStore(media_url))
+    (clip,) = decode(job, MediaStore(media_url), DEFAULT_LIMITS)
     assert len(clip.frames) == 4
     usage = result_of(job, answer("red")).usage
     assert usage is not None

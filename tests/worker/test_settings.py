@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from pydantic import ValidationError
 
 from prismprune import Quantization
+from prismprune.media import DEFAULT_LIMITS
+from service.settings import ServiceSettings
 from worker.app import create_app
 from worker.contract import TASK_ANSWER
 from worker.settings import WorkerSettings
@@ -77,3 +81,15 @@ def test_a_job_is_acknowledged_when_it_has_ended_and_none_is_hoarded() -> None:
     assert app.conf.worker_disable_prefetch
     assert app.conf.worker_prefetch_multiplier == 1
     assert app.conf.broker_transport_options["visibility_timeout"] == 99
+
+
+def test_every_limit_of_decoding_is_a_setting(monkeypatch: pytest.MonkeyPatch, media_url: str) -> None:
+    """As in the library unless the environment says otherwise, by the front end's names where it has them."""
+    monkeypatch.setenv("PRISM_MAX_IMAGE_PIXELS", "1000")
+    monkeypatch.setenv("PRISM_MAX_VIDEO_S", "5")
+    limits = WorkerSettings(media_url=media_url).media_limits
+    assert limits == replace(DEFAULT_LIMITS, max_pixels=1000, max_duration_s=5)
+    shared = WorkerSettings.model_fields.keys() & ServiceSettings.model_fields.keys()
+    assert {"max_image_bytes", "max_image_pixels", "max_video_bytes", "max_sampled_frames"} <= shared
+    for name in shared & {name for name in shared if name.startswith("max_")}:
+        assert WorkerSettings.model_fields[name].default == ServiceSettings.model_fields[name].default
