@@ -13,6 +13,7 @@ from transformers import AutoProcessor
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from prismprune.errors import InvalidOptionError, UnknownModelError, UnsupportedMediaError
+from prismprune.families import llava
 from prismprune.families.llava_next import LlavaNextFamily
 from prismprune.media import Picture
 from prismprune.selection.prism import Prism
@@ -197,8 +198,11 @@ def test_a_picture_too_thin_for_a_patch_leaves_its_small_copy(native: PrunedVLM)
     assert (encoded.visual_tokens.newlines, len(encoded.visuals[0].features)) == (0, 5)
 
 
-def test_the_crops_of_a_batch_run_through_the_tower_together(native: PrunedVLM) -> None:
-    """Five views of one picture and four of another are one call."""
+def test_the_crops_of_a_batch_run_through_the_tower_together(
+    native: PrunedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five views of one picture and four of another are one call, where a tower takes as many at once."""
+    monkeypatch.setattr(llava, "VIEWS_PER_CPU_PASS", llava.VIEWS_PER_PASS)
     calls = []
     tower = native.model.model.vision_tower
     hook = tower.register_forward_pre_hook(lambda _module, args: calls.append(len(args[0])))

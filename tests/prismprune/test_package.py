@@ -25,8 +25,8 @@ def test_every_public_name_is_listed() -> None:
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
     """As with any module."""
-    with pytest.raises(AttributeError, match="no attribute 'prune'"):
-        _ = prismprune.prune
+    with pytest.raises(AttributeError, match="no attribute 'magic'"):
+        _ = prismprune.magic
 
 
 def test_the_version_is_the_distribution_s() -> None:
