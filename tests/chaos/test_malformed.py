@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from prismprune.errors import PrismError
+from prismprune.media import DEFAULT_LIMITS
 from tests.chaos import malformed
 from tests.service.conftest import StandInWorker, serving
 from worker.answering import decode
@@ -60,7 +61,7 @@ class Decoder(StandInWorker):
 
     def _undecodable(self, job: AnswerJob) -> Problem | None:
         try:
-            decode(job, MediaStore(self._media.as_uri()))
+            decode(job, MediaStore(self._media.as_uri()), DEFAULT_LIMITS)
         except PrismError as error:
             return problem(error)
         return None
