@@ -3,10 +3,11 @@
     python -m benchmarks.questions --rounds 5 --json questions.json --plot questions.png
     python -m benchmarks.questions --model DIRECTORY --budget 64 --counts 1,2,4,8,16
 
-Each round asks about a new picture in four ways, in an order that moves on: `request`, all questions in one
+Each round asks about a new picture in five ways, in an order that moves on: `request`, all questions in one
 request; `at once`, a request a question, all there when the engine takes its next; `after another`, a request
-a question, each when the last was answered, with the worker's cache of encodings; `no cache`, the same
-without. The session is the worker's own, without the queue. Greedy answers are the same in all four.
+a question, each when the last was answered, with the worker's caches of encodings and of prefixes;
+`encodings cached`, the same without the prefixes; `no cache`, the same without either. The session is the
+worker's own, without the queue. Greedy answers are the same in all five.
 """
 
 from __future__ import annotations
@@ -40,8 +41,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 CACHE_BYTES = 256 * 2**20
-"""The default of `PRISM_MEDIA_CACHE_BYTES`."""
-WAYS = ("request", "at once", "after another", "no cache")
+"""The default of `PRISM_MEDIA_CACHE_BYTES`, and of `PRISM_PREFIX_CACHE_BYTES`."""
+WAYS = {
+    "request": (CACHE_BYTES, CACHE_BYTES),
+    "at once": (CACHE_BYTES, CACHE_BYTES),
+    "after another": (CACHE_BYTES, CACHE_BYTES),
+    "encodings cached": (CACHE_BYTES, 0),
+    "no cache": (0, 0),
+}
+"""And the bytes of the two caches."""
 WORDS = ("star", "circle", "square", "triangle", "cross", "ring", "heart", "moon")
 ASKED = ("What color is the {}?", "How many shapes are left of the {}?")
 
@@ -62,7 +70,7 @@ class Asking:
 
     def seconds(self, count: int, way: str, number: int) -> float:
         """Until all of `count` questions about picture `number` have their answers."""
-        session = self.vlm.session(EncodingCache(0 if way == "no cache" else CACHE_BYTES))
+        session = self.vlm.session(EncodingCache(*WAYS[way]))
         turns = self._turns(questions(count), way, number)
         began = self.clock()
         for requests in turns:

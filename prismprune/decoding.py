@@ -1,4 +1,4 @@
-"""Rows of one batch that join and leave between two steps: prefill, cache, and what their prompts share.
+"""Rows of one batch that join and leave between two steps: prefill, cache, and what prompts share.
 
 transformers' continuous batching takes token ids alone, and a pruned prompt is embeddings; its caches and the
 models' own `forward` do the work here.
@@ -19,10 +19,11 @@ from prismprune.generation import Prefilled, Row
 from prismprune.meters import Stopwatch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Mapping, Sequence
+    from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
 
     from torch import Tensor
 
+    from prismprune.caching import ByteCache
     from prismprune.families.base import Visual
     from prismprune.generation import Generated, GenerationOptions, Prompt
 
@@ -48,6 +49,15 @@ class Decoder:
     end_ids: frozenset[int]
     placeholder_ids: frozenset[int]
     visual_inputs: Callable[[Sequence[Visual]], dict[str, Any]]
+
+    def prefix_length(self, prompt: Prompt) -> int:
+        """Tokens up to the last visual one: every question about the same media begins with them.
+
+        0 where there is none, or none behind it.
+        """
+        visual = torch.isin(prompt.token_ids, torch.tensor(sorted(self.placeholder_ids))).nonzero()
+        length = int(visual[-1]) + 1 if len(visual) else 0
+        return length if length < len(prompt.token_ids) else 0
 
     def generate(
         self,
@@ -77,10 +87,13 @@ class Running:
 
     A step either chooses the first tokens of all that joined since the last one, from what their prefill has
     computed, or feeds every row's last token for its next. One thread at a time may use it.
+
+    prefixes: where the beginnings of prompts whose media have a key are looked for and kept; None: nowhere.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, prefixes: ByteCache[Prefix] | None = None) -> None:
         self._decoder = decoder
+        self._prefixes = prefixes
         self._watch = Stopwatch(decoder.model.device)
         self._now_ms = 0.0
         self._batch: Batch | None = None
@@ -99,7 +112,7 @@ class Running:
         Prompts that begin alike and show the very same `Visual`s have that beginning computed once.
         """
         began_ms = self._tick()
-        batch, logits = _prefill(self._decoder, prompts)
+        batch, logits = _Prefill(self._decoder, prompts, self._prefixes).run()
         prefill_ms = self._tick() - began_ms
         rows = [
             Row(
@@ -240,69 +253,137 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return Batch(cache, torch.cat(masks), positions, batches[0].axes)
 
 
-def _prefill(decoder: Decoder, prompts: Sequence[Prompt]) -> tuple[Batch, Tensor]:
-    """Run the prompts through the model: their batch, and logits [B, vocabulary] of the first tokens."""
-    alone: list[int] = []
-    parts: list[tuple[list[int], Batch, Tensor]] = []
-    for rows, length in _common_beginnings(decoder, prompts):
-        if len(rows) == 1:
-            alone += rows
-        else:
-            parts.append((rows, *_prefill_shared(decoder, [prompts[row] for row in rows], length)))
-    most_tokens = CPU_PREFILL_TOKENS if decoder.model.device.type == "cpu" else math.inf
-    parts += [
-        (group, *_extended(decoder, None, [prompts[row] for row in group], 0))
-        for group in similar_lengths({row: len(prompts[row].token_ids) for row in alone}, most_tokens)
-    ]
-    batch = joined([part for _, part, _ in parts])
-    order = torch.tensor([row for rows, *_ in parts for row in rows]).argsort().tolist()
-    batch.keep(order)
-    return batch, torch.cat([logits for *_, logits in parts])[order]
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a prompt's first L tokens leave in the cache: keys and values [1, heads, L, head_dim] a layer."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    axes: int | None
+
+    @classmethod
+    def of(cls, batch: Batch, row: int, columns: slice) -> Prefix:
+        """A copy of a row's tokens in these columns of the cache, which have no padding among them."""
+        layers = [
+            (keys[row : row + 1, :, columns].clone(), values[row : row + 1, :, columns].clone())
+            for keys, values, *_ in batch.cache
+        ]
+        return cls(tuple(layers), batch.axes)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.layers[0][0].shape[2]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes of the device's memory."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    def batch(self) -> Batch:
+        """Of one row, to be extended, which leaves the prefix as it is."""
+        device = self.layers[0][0].device
+        mask = torch.ones(1, self.length, dtype=torch.long, device=device)
+        return Batch(DynamicCache(self.layers), mask, torch.full((1,), self.length, device=device), self.axes)
 
 
-def _common_beginnings(decoder: Decoder, prompts: Sequence[Prompt]) -> list[tuple[list[int], int]]:
-    """Rows about the very same visuals, and how many leading tokens they share, the visual ones included."""
-    by_visuals: dict[tuple[int, ...], list[int]] = defaultdict(list)
-    for row, prompt in enumerate(prompts):
-        by_visuals[tuple(map(id, prompt.visuals))].append(row)
-    shares: list[tuple[list[int], int]] = []
-    for rows in by_visuals.values():
-        length = _common_length([prompts[row].token_ids for row in rows])
-        rest = torch.cat([prompts[row].token_ids[length:] for row in rows]).tolist()
-        if prompts[rows[0]].visuals and not decoder.placeholder_ids.intersection(rest):
-            shares.append((rows, length))
-        else:
-            shares += [([row], 0) for row in rows]
-    return shares
+class _Prefill:
+    """Runs prompts through the model, what several share once, and nothing of what is known before.
 
+    A prompt has a prefix if another one of them shows the very same visuals, or an earlier one showed media
+    of its key. Those without are run whole, and the prefix of one with a key is kept.
+    """
 
-def _common_length(sequences: Sequence[Tensor]) -> int:
-    """Leading tokens that all share, short of each one's last: its logits are every row's own."""
-    shortest = min(map(len, sequences)) - 1
-    same = torch.stack([tokens[:shortest] == sequences[0][:shortest] for tokens in sequences]).all(dim=0)
-    return int(same.int().cumprod(0).sum())
+    def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], known: ByteCache[Prefix] | None) -> None:
+        self._decoder = decoder
+        self._prompts = prompts
+        self._known = known
+        self._lengths = [decoder.prefix_length(prompt) for prompt in prompts]
 
+    def run(self) -> tuple[Batch, Tensor]:
+        """The prompts' batch, and logits [B, vocabulary] of their first tokens."""
+        begun = self._prefixes()
+        whole = {row: len(prompt.token_ids) for row, prompt in enumerate(self._prompts) if row not in begun}
+        rests = {row: len(self._prompts[row].token_ids) - prefix.length for row, prefix in begun.items()}
+        most_tokens = CPU_PREFILL_TOKENS if self._decoder.model.device.type == "cpu" else math.inf
+        parts = [(rows, *self._whole(rows)) for rows in similar_lengths(whole, most_tokens)]
+        # Rests are short: a run reads every weight for them, which costs more than padding.
+        parts += [
+            (rows, *self._extended([begun[row] for row in rows], rows))
+            for rows in similar_lengths(rests, most_tokens, similar=0)
+        ]
+        batch = joined([part for _, part, _ in parts])
+        order = torch.tensor([row for rows, *_ in parts for row in rows]).argsort().tolist()
+        batch.keep(order)
+        return batch, torch.cat([logits for *_, logits in parts])[order]
 
-def _prefill_shared(decoder: Decoder, prompts: Sequence[Prompt], length: int) -> tuple[Batch, Tensor]:
-    """Prefill prompts of which the first `length` tokens are the same: those once."""
-    batch, _ = _extended(decoder, None, [prompts[0].beginning(length)], 0)
-    batch.keep([0] * len(prompts))
-    return _extended(decoder, batch, prompts, length)
+    def _prefixes(self) -> dict[int, Prefix]:
+        """Of the rows that have one."""
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for row, prompt in enumerate(self._prompts):
+            alike[tuple(map(id, prompt.visuals)), self._begins(row)].append(row)
+        begun: dict[int, Prefix] = {}
+        for rows in alike.values():
+            if not self._lengths[rows[0]]:
+                continue
+            prefix = self._remembered(rows[0])
+            if prefix is None and len(rows) > 1:
+                prefix = self._computed(rows[0])
+            if prefix is not None:
+                begun |= dict.fromkeys(rows, prefix)
+        return begun
+
+    def _begins(self, row: int) -> bytes:
+        return self._prompts[row].token_ids[: self._lengths[row]].numpy().tobytes()
+
+    def _key(self, row: int) -> Hashable | None:
+        """What the prefix of that row is cached by, where it is."""
+        key = self._prompts[row].media_key
+        return None if key is None or self._known is None else (key, self._begins(row))
+
+    def _remembered(self, row: int) -> Prefix | None:
+        key = self._key(row)
+        return None if key is None or self._known is None else self._known.get(key)
+
+    def _remember(self, row: int, prefix: Prefix) -> None:
+        key = self._key(row)
+        if key is not None and self._known is not None:
+            self._known.put(key, prefix)
+
+    def _computed(self, row: int) -> Prefix:
+        length = self._lengths[row]
+        batch, _ = _extended(self._decoder, None, [self._prompts[row].beginning(length)], [0])
+        prefix = Prefix.of(batch, 0, slice(0, length))
+        self._remember(row, prefix)
+        return prefix
+
+    def _whole(self, rows: Sequence[int]) -> tuple[Batch, Tensor]:
+        prompts = [self._prompts[row] for row in rows]
+        batch, logits = _extended(self._decoder, None, prompts, [0] * len(rows))
+        for place, row in enumerate(rows):
+            if self._lengths[row] and self._key(row) is not None:
+                begins_at = batch.mask.shape[1] - len(prompts[place].token_ids)
+                self._remember(row, Prefix.of(batch, place, slice(begins_at, begins_at + self._lengths[row])))
+        return batch, logits
+
+    def _extended(self, prefixes: Sequence[Prefix], rows: Sequence[int]) -> tuple[Batch, Tensor]:
+        batch = joined([prefix.batch() for prefix in prefixes])
+        starts = [prefix.length for prefix in prefixes]
+        return _extended(self._decoder, batch, [self._prompts[row] for row in rows], starts)
 
 
 def _extended(
-    decoder: Decoder, batch: Batch | None, prompts: Sequence[Prompt], start: int
+    decoder: Decoder, batch: Batch | None, prompts: Sequence[Prompt], starts: Sequence[int]
 ) -> tuple[Batch, Tensor]:
-    """Feed the prompts' tokens from `start` on, into a new batch if there is none; its rows' next logits.
+    """Feed each prompt's tokens from its start on, into a new batch if there is none; its rows' next logits.
 
-    Visuals are given to the model with the beginning: nothing behind a later `start` shows one.
+    Visuals are given to the model with the beginning: nothing behind a later start shows one.
     """
     device = decoder.model.device
-    longest = max(len(prompt.token_ids) for prompt in prompts) - start
+    longest = max(len(prompt.token_ids) - start for prompt, start in zip(prompts, starts, strict=True))
     # Any token serves as padding, as nothing attends to it, but for a placeholder, which would be filled.
     filler = int(prompts[0].token_ids[-1])
     ids, mask, positions = [], [], []
-    for prompt in prompts:
+    for prompt, start in zip(prompts, starts, strict=True):
         own = prompt.token_ids[start:]
         missing = (longest - len(own), 0)
         ids.append(pad(own, missing, value=filler))
@@ -314,7 +395,7 @@ def _extended(
         empty = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
         batch = Batch(DynamicCache(), empty, following, axes)
     batch.next_positions = following
-    shown = [visual for prompt in prompts for visual in prompt.visuals] if start == 0 else []
+    shown = [] if any(starts) else [visual for prompt in prompts for visual in prompt.visuals]
     visual_inputs = decoder.visual_inputs(shown) if shown else {}
     logits = batch.extend(
         decoder.model,
@@ -326,15 +407,17 @@ def _extended(
     return batch, logits
 
 
-def similar_lengths(lengths: Mapping[int, int], most_tokens: float = math.inf) -> list[list[int]]:
-    """Groups of rows (row: length), in order, whose shortest has at least `SIMILAR` of its longest.
+def similar_lengths(
+    lengths: Mapping[int, int], most_tokens: float = math.inf, similar: float = SIMILAR
+) -> list[list[int]]:
+    """Groups of rows (row: length), in order, whose shortest has at least `similar` of its longest.
 
     Only a row by itself has more than `most_tokens`; those of a group count as long as its longest.
     """
     groups: list[list[int]] = []
     for row in sorted(lengths, key=lambda row: lengths[row]):
         group, length = groups[-1] if groups else [], lengths[row]
-        if group and lengths[group[0]] >= SIMILAR * length and (len(group) + 1) * length <= most_tokens:
+        if group and lengths[group[0]] >= similar * length and (len(group) + 1) * length <= most_tokens:
             group.append(row)
         else:
             groups.append([row])

@@ -20,7 +20,7 @@ from transformers import (
 from prismprune.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Hashable, Sequence
 
     from torch import Tensor
 
@@ -66,13 +66,15 @@ class Prompt:
     """Token ids [T] with one placeholder a visual token, and what the placeholders stand for.
 
     position_ids: [3, T] for a model with rotary positions in three rows; None: 0 to T - 1. next_position:
-    that of the first generated token; None: T.
+    that of the first generated token; None: T. media_key: names all that its visuals were made from, for a
+    cache of keys and values; None: they are not cached.
     """
 
     token_ids: Tensor
     visuals: tuple[Visual, ...]
     position_ids: Tensor | None = None
     next_position: int | None = None
+    media_key: Hashable | None = None
 
     @property
     def positions(self) -> Tensor:

@@ -63,12 +63,14 @@ class Asked:
     """Questions about encoded media. Raises `InvalidOptionError` if there is none.
 
     cached: whether the encoding was found ready, so that none of its time and all of its tokens were saved.
+    media_key: what the encoding is cached by, where it is.
     """
 
     encoded: EncodedMedia
     questions: tuple[str, ...]
     generation: GenerationOptions = field(default_factory=GenerationOptions)
     cached: bool = False
+    media_key: Hashable | None = None
 
     def __post_init__(self) -> None:
         check_questions(self.questions)
@@ -113,7 +115,7 @@ class Session:
                 ...
         session.answers(request)
 
-    cache: where encodings are looked for and kept; None: nowhere.
+    cache: where encodings, and the prefixes of prompts, are looked for and kept; None: nowhere.
 
     Greedy answers do not depend on the neighbours (float32), nor does what a seed draws.
     """
@@ -122,7 +124,7 @@ class Session:
         self._family = family
         self._cache = cache
         self._device = family.model.device
-        self._running = Running(decoder)
+        self._running = Running(decoder, None if cache is None else cache.prefixes)
         self._memory = PeakMemory(self._device)
         self.pending: list[Pending] = []
 
@@ -158,6 +160,7 @@ class Session:
                 request.questions,
                 request.generation,
                 cached=missing.get(key) is not request,
+                media_key=request.encoding_key,
             )
             for key, request in keyed
         ]
@@ -171,7 +174,10 @@ class Session:
         """Write the prompts of a request. Raises `UnknownModelError` if the chat template cannot."""
         watch = Stopwatch(self._device)
         encoded, system = asked.encoded, asked.generation.system
-        prompts = [self._family.prompt(text, system, encoded.visuals) for text in asked.questions]
+        prompts = [
+            replace(self._family.prompt(text, system, encoded.visuals), media_key=asked.media_key)
+            for text in asked.questions
+        ]
         return Pending(asked, prompts, watch.lap_ms())
 
     def join(self, requests: Sequence[Pending]) -> None:

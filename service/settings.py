@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from worker.contract import TracingEndpoint
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -150,7 +151,7 @@ class ServiceSettings(ListenSettings):
     metrics_host: str = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Moves `/metrics` to a port of its own, which asks for no key; 0 leaves it with the other routes."""
-    tracing_endpoint: Annotated[str | None, Field(pattern="^https?://")] = None
+    tracing_endpoint: TracingEndpoint | None = None
     """An OpenTelemetry collector that takes OTLP over HTTP, such as `http://collector:4318`: turns traces on.
     Needs the extra `tracing`; OpenTelemetry's own `OTEL_` variables say the rest."""
     log_format: Literal["text", "json"] = "text"
@@ -173,15 +174,6 @@ class ServiceSettings(ListenSettings):
         if not all(map(_DOMAIN.fullmatch, lowered)):
             raise ValueError("each is a domain such as example.org or *.example.org")
         return lowered
-
-    @field_validator("tracing_endpoint")
-    @classmethod
-    def _traceable(cls, value: str | None) -> str | None:
-        try:
-            _ = value and distribution("opentelemetry-exporter-otlp-proto-http")
-        except PackageNotFoundError:
-            raise ValueError("traces need the extra `tracing`: pip install 'prismprune[tracing]'") from None
-        return value
 
     @model_validator(mode="after")
     def _media_outlive_jobs(self) -> Self:

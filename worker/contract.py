@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, distribution
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 TASK_ANSWER = "prismprune.answer"
 WORKERS_KEY = "prism:workers"
@@ -53,6 +54,18 @@ def queue_name(model: str) -> str:
 def redis_url(broker_url: str) -> str:
     """The broker's URL as redis-py writes it; Celery's `redis+socket://` names a unix socket."""
     return broker_url.replace("redis+socket://", "unix://", 1)
+
+
+def _exportable(endpoint: str) -> str:
+    try:
+        distribution("opentelemetry-exporter-otlp-proto-http")
+    except PackageNotFoundError:
+        raise ValueError("traces need the extra `tracing`: pip install 'prismprune[tracing]'") from None
+    return endpoint
+
+
+TracingEndpoint = Annotated[str, Field(pattern="^https?://"), AfterValidator(_exportable)]
+"""A setting of both sides: an OpenTelemetry collector, refused where its exporter is not installed."""
 
 
 def job_key(job_id: str) -> str:

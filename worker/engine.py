@@ -297,14 +297,22 @@ class Engine(Generic[M]):
             ]
             self._on_batch(len(self._working))
             return
-        if len(batch) == 1 and _out_of_memory(failure) and self._working:
-            self._finish()  # and try again by itself
+        if len(batch) == 1 and _out_of_memory(failure) and self._made_room():
             self._join(batch)
         elif len(batch) == 1:
             _fail(batch[0], failure)
         else:
             for part in _parts(batch, failure):
                 self._join(part)
+
+    def _made_room(self) -> bool:
+        """Let who is at work finish, and drop what is kept only to be faster; False if there was neither."""
+        cached = self._cache is not None and self._cache.bytes > 0
+        crowded = bool(self._working)
+        self._finish()
+        if self._cache is not None:
+            self._cache.clear()
+        return crowded or cached
 
     def _step(self) -> None:
         """A token for everyone at work, and the answers of those that are done."""

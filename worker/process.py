@@ -95,7 +95,7 @@ class WorkerProcess:
         self._engine = Engine(
             self._load,
             limits=Limits(settings.max_batch, settings.max_batch_tokens, settings.max_wait_ms / 1e3),
-            cache=EncodingCache(settings.media_cache_bytes),
+            cache=EncodingCache(settings.media_cache_bytes, settings.prefix_cache_bytes),
             on_batch=self._metrics.batch,
             on_death=_die,
         )

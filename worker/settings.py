@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, distribution
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -10,7 +9,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from prismprune import InvalidOptionError, MediaLimits, Quantization
 from prismprune.media import DEFAULT_LIMITS
-from worker.contract import MAX_TOKEN_BUDGET
+from worker.contract import MAX_TOKEN_BUDGET, TracingEndpoint
 
 
 class WorkerSettings(BaseSettings):
@@ -48,6 +47,9 @@ class WorkerSettings(BaseSettings):
     """How long an idle engine's first job waits for neighbours; who comes later joins between two tokens."""
     media_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Device memory for visual tokens kept for further questions about the same media; 0: none are kept."""
+    prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
+    """Device memory for those tokens' keys and values, so that a further question has only its own words
+    prefilled; 0: none are kept. `prismprune plan` prints what a token takes: tens of times its visual one."""
     concurrency: Annotated[int, Field(ge=1)] = 16
     """Jobs held at once. Twice the batch, so that the next one is decoded while this one generates."""
 
@@ -86,19 +88,10 @@ class WorkerSettings(BaseSettings):
     metrics_host: str = "127.0.0.1"
     worker_metrics_port: Annotated[int, Field(ge=0, le=65535)] = 9101
     """0 turns the worker's `/metrics` off."""
-    tracing_endpoint: Annotated[str | None, Field(pattern="^https?://")] = None
+    tracing_endpoint: TracingEndpoint | None = None
     """An OpenTelemetry collector that takes OTLP over HTTP, such as `http://collector:4318`: turns traces on.
     Needs the extra `tracing`; OpenTelemetry's own `OTEL_` variables say the rest."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
-
-    @field_validator("tracing_endpoint")
-    @classmethod
-    def _traceable(cls, value: str | None) -> str | None:
-        try:
-            _ = value and distribution("opentelemetry-exporter-otlp-proto-http")
-        except PackageNotFoundError:
-            raise ValueError("traces need the extra `tracing`: pip install 'prismprune[tracing]'") from None
-        return value
 
     @property
     def media_limits(self) -> MediaLimits:

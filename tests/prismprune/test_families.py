@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from prismprune.budget import TokenBudget
+from prismprune.caching import EncodingCache
 from prismprune.encoding import EncodingRequest, encode
 from prismprune.families import FAMILIES
 from prismprune.generation import GenerationOptions
@@ -104,6 +105,31 @@ def test_a_batch_is_answered_as_one_by_one(pairs: dict[str, Pair], name: str, bu
     alone = [vlm.answer_batch([request])[0] for request in requests]
     assert [own[0].token_ids for own in together] == [own[0].token_ids for own in alone]
     assert [own[0].token_map for own in together] == [own[0].token_map for own in alone]
+
+
+@pytest.mark.parametrize("budget", [None, 11])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_further_question_from_kept_keys_and_values_is_answered_as_a_first(
+    pairs: dict[str, Pair], name: str, budget: int | None
+) -> None:
+    """Pictures, clips and both, one behind the other, and then all at once."""
+    vlm, options = pairs[name].vlm, GenerationOptions(max_new_tokens=LENGTH)
+    session = vlm.session(EncodingCache(2**24, prefix_bytes=2**26))
+    answered: list[Answer] = []
+    requests = [
+        VisualRequest(tuple(media), (text,), TokenBudget(budget), generation=options, media_key=(name, label))
+        for text in (QUESTION, "And what else is there?")
+        for label, media in MEDIA[name].items()
+    ]
+    first, further = requests[: len(MEDIA[name])], requests[len(MEDIA[name]) :]
+    for group in [*([request] for request in first), further]:
+        pending = session.ask(group)
+        while session.pending:
+            session.step()
+        answered += [session.answers(one)[0] for one in pending]
+    fresh = [vlm.answer_batch([request])[0][0] for request in requests]
+    assert [answer.token_ids for answer in answered] == [answer.token_ids for answer in fresh]
+    assert all(answer.cached_tokens for answer in answered[len(first) :])
 
 
 @pytest.mark.parametrize(("name", "media"), CASES)

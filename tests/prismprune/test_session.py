@@ -142,8 +142,10 @@ def test_a_request_says_what_room_it_may_take_and_with_how_many_it_shared(vlm: P
     assert all(request.done and request.peak_bytes > 0 for request in requests)
 
 
-def request(noise: int, question: str = "What?", tokens: int = 5, key: str | None = None) -> VisualRequest:
-    options = GenerationOptions(max_new_tokens=4)
+def request(
+    noise: int, question: str = "What?", tokens: int = 5, key: str | None = None, system: str | None = None
+) -> VisualRequest:
+    options = GenerationOptions(max_new_tokens=4, system=system)
     media = (Picture(picture(noise)),)
     return VisualRequest(media, (question,), TokenBudget(tokens), generation=options, media_key=key)
 
@@ -174,6 +176,83 @@ def test_media_asked_about_again_are_not_encoded_again(vlm: PrunedVLM) -> None:
     assert cached == [(0, True), (5, False), (0, True), (5, False), (0, True), (0, True)]
     fresh = [vlm.answer_batch([one])[0][0].token_ids for batch in batches for one in batch]
     assert texts == fresh
+
+
+def prefilled(
+    vlm: PrunedVLM, session: Session, requests: list[VisualRequest]
+) -> tuple[list[int], list[Pending]]:
+    """How many tokens the language model was given at a time for the prompts, padding included."""
+    seen: list[int] = []
+    hook = vlm.model.get_input_embeddings().register_forward_hook(
+        lambda _module, inputs, _output: seen.append(inputs[0].numel())
+    )
+    try:
+        pending = session.ask(requests)
+    finally:
+        hook.remove()
+    run(session, pending)
+    return seen, pending
+
+
+def words(vlm: PrunedVLM, pending: Pending) -> int:
+    """Tokens behind the last visual one."""
+    token_ids = pending.prompts[0].token_ids
+    last = int((token_ids == vlm.model.config.image_token_id).nonzero()[-1])
+    return len(token_ids) - last - 1
+
+
+def test_a_further_question_has_only_its_own_words_prefilled(vlm: PrunedVLM) -> None:
+    """Beside questions about other media, known or not; and it is answered as by itself."""
+    session = vlm.session(EncodingCache(2**20, prefix_bytes=2**20))
+    prefilled(vlm, session, [request(1, key="one", tokens=9), request(2, key="two", tokens=4)])
+    further = [
+        request(2, "Why?", key="two", tokens=4),
+        request(1, QUESTIONS[1], key="one", tokens=9),
+        request(1, "Who?", key="one", tokens=9),
+        request(3),
+    ]
+    seen, pending = prefilled(vlm, session, further)
+    longest = max(words(vlm, one) for one in pending[:3])
+    assert seen == [len(pending[3].prompts[0].token_ids), 3 * longest]
+    assert [session.answers(one)[0].token_ids for one in pending] == [
+        vlm.answer_batch([one])[0][0].token_ids for one in further
+    ]
+
+
+def test_questions_that_share_a_beginning_leave_it_for_later_ones(vlm: PrunedVLM) -> None:
+    """Several at once are as good as one."""
+    session = vlm.session(EncodingCache(2**20, prefix_bytes=2**20))
+    prefilled(vlm, session, [request(1, key="one"), request(1, "Why?", key="one")])
+    seen, (pending,) = prefilled(vlm, session, [request(1, "Who?", key="one")])
+    assert seen == [words(vlm, pending)]
+
+
+@pytest.mark.parametrize("other", [{"tokens": 6}, {"key": "two"}, {"key": None}, {"system": "Be brief."}])
+def test_a_prefix_serves_no_other_beginning(vlm: PrunedVLM, other: dict[str, Any]) -> None:
+    """Another budget, other media, media without a name, another text before them: prefilled whole."""
+    session = vlm.session(EncodingCache(2**20, prefix_bytes=2**20))
+    prefilled(vlm, session, [request(1, key="one")])
+    seen, (pending,) = prefilled(vlm, session, [request(1, **{"key": "one"} | other)])
+    assert seen == [len(pending.prompts[0].token_ids)]
+
+
+def test_prefixes_keep_to_their_bytes(vlm: PrunedVLM) -> None:
+    """Room for one: the one before goes. `clear` drops it as well."""
+    cache = EncodingCache(2**20, prefix_bytes=2**20)
+    session = vlm.session(cache)
+    encodings = [vlm.encode(picture(noise), 5).bytes for noise in (1, 2)]
+    prefilled(vlm, session, [request(1, key="one")])
+    one = cache.bytes - encodings[0]
+    assert one > 0
+    cache = EncodingCache(2**20, prefix_bytes=one)
+    session = vlm.session(cache)
+    for noise, key in ((1, "one"), (2, "two")):
+        prefilled(vlm, session, [request(noise, key=key)])
+    assert cache.bytes == sum(encodings) + one
+    seen, (pending,) = prefilled(vlm, session, [request(2, "Why?", key="two")])
+    assert seen == [words(vlm, pending)]
+    cache.clear()
+    assert cache.bytes == 0
 
 
 def test_an_encoding_that_is_there_needs_no_media(vlm: PrunedVLM) -> None:

@@ -34,7 +34,7 @@ class Scripted:
     """Answers each question with itself. A question may ask for more: see `ScriptedSession`.
 
     `gate` holds whoever joins until it is set; `batches` lists the questions of each joining; of more than
-    `fits` requests at once it says that memory is short; each takes `tokens_each` tokens.
+    `fits()` requests at once it says that memory is short; each takes `tokens_each` tokens.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Scripted:
         self.entered = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
-        self.fits: float = math.inf
+        self.fits: Callable[[], float] = lambda: math.inf
         self.tokens_each = 1
 
     def session(self, cache: EncodingCache | None = None) -> ScriptedSession:
@@ -77,7 +77,7 @@ class ScriptedSession:
 
     def ask(self, requests: Sequence[VisualRequest]) -> list[ScriptedRequest]:
         script = self._script
-        if len(self.pending) + len(requests) > script.fits:
+        if len(self.pending) + len(requests) > script.fits():
             raise torch.OutOfMemoryError
         script.batches.append([question for request in requests for question in request.questions])
         script.entered.set()

@@ -5,19 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from prismprune.caching import EncodingCache
 from prismprune.errors import UnknownModelError
 from tests.worker.conftest import Scripted
 from worker.engine import Engine, Limits, _out_of_memory
 from worker.errors import DeadlineExceededError, OutOfMemoryError
 
 if TYPE_CHECKING:
+    from prismprune.encoding import EncodedMedia
     from worker.engine import Ticket
 
 
@@ -125,7 +127,7 @@ def test_a_batch_too_large_is_answered_by_halves() -> None:
     model, sizes = Scripted(), list[int]()
     with engine(model, on_batch=sizes.append) as running:
         hold(model, running)
-        model.fits = 1
+        model.fits = lambda: 1
         tickets = [ask(running, f"number {number}") for number in range(4)]
         model.gate.set()
         texts = [ticket.answered().answers[0].text for ticket in tickets]
@@ -144,6 +146,22 @@ def test_what_does_not_fit_by_itself_fails_alone() -> None:
         assert [ticket.answered().shared_with for ticket in fitting] == [1, 1]
         with pytest.raises(OutOfMemoryError):
             culprit.answered()
+
+
+class Kept(NamedTuple):
+    """What a cache holds."""
+
+    bytes: int
+
+
+def test_what_is_cached_makes_room_before_a_request_fails() -> None:
+    """It was kept only to be faster."""
+    model, cache = Scripted(), EncodingCache(100)
+    cache.put("a picture", cast("EncodedMedia", Kept(60)))
+    model.fits = lambda: 0 if cache.bytes else 1
+    with engine(model, cache=cache) as running:
+        assert ask(running, "fits now").answered().answers[0].text == "fits now"
+    assert cache.bytes == 0
 
 
 @pytest.mark.parametrize(

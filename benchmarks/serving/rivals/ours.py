@@ -30,6 +30,7 @@ class PrismPrune:
             "PRISM_DATA_DIR": str(self.data),
             "PRISM_MODEL": self.model,
             "PRISM_MEDIA_CACHE_BYTES": "0",
+            "PRISM_PREFIX_CACHE_BYTES": "0",
             "PRISM_TIMEOUT_S": "600",  # as long as the client waits
         }
         return Launch((sys.executable, "-m", "service.serve"), environment, "/healthz")
