@@ -52,7 +52,10 @@ class Night:
     def tokens(self) -> int:
         return len(self.pending)
 
-    def ask(self, requests: Sequence[VisualRequest]) -> list[Sleep]:
+    def encode(self, requests: Sequence[VisualRequest]) -> Sequence[VisualRequest]:
+        return requests
+
+    def admit(self, requests: Sequence[VisualRequest]) -> list[Sleep]:
         sleeps = [Sleep(request.questions) for request in requests]
         self.pending += sleeps
         for one in self.pending:

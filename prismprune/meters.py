@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 class Stopwatch:
-    """Splits a stretch of work into laps. Waits for CUDA, whose calls return before their work is done."""
+    """Splits a stretch of work into laps. Waits for CUDA, whose calls return before their work is done.
+
+    What another thread has given to a stream of its own is not waited for.
+    """
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -26,7 +29,7 @@ class Stopwatch:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
         return time.perf_counter()
 
 

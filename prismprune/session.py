@@ -107,7 +107,9 @@ class Pending:
 
 
 class Session:
-    """Answers requests with one model. One thread at a time may use it, and no other session meanwhile.
+    """Answers requests with one model.
+
+    One thread at a time may use it, and no other session meanwhile; only `encode` may run beside the rest.
 
         (request,) = session.ask([VisualRequest(media, ("What color is it?",), TokenBudget(64))])
         while session.pending:
@@ -136,14 +138,22 @@ class Session:
     def ask(self, requests: Sequence[VisualRequest]) -> list[Pending]:
         """Encode the requests' media, those of one size in one run of the tower, and join.
 
-        Raises what `encode`, `prepare` and `join` raise: then none of them has joined.
+        Raises what `encode` and `admit` raise: then none of them has joined.
         """
-        pending = [self.prepare(asked) for asked in self._encoded(requests)]
+        return self.admit(self.encode(requests))
+
+    def admit(self, asked: Sequence[Asked]) -> list[Pending]:
+        """Write the prompts, prefill them and join; raises what `prepare` and `join` raise."""
+        pending = [self.prepare(one) for one in asked]
         self.join(pending)
         return pending
 
-    def _encoded(self, requests: Sequence[VisualRequest]) -> list[Asked]:
-        """Each encoding is made once, also where several of the requests ask for it."""
+    def encode(self, requests: Sequence[VisualRequest]) -> list[Asked]:
+        """Each encoding is made once, also where several of the requests ask for it.
+
+        Another thread may do this while one steps: the tower and the projector are its own, and on CUDA its
+        stream may be. Raises what `encoding.encode` raises.
+        """
         keyed = [(_own_key(request), request) for request in requests]
         ready = {key: found for key, request in keyed if (found := self._look_up(request)) is not None}
         missing = {key: request for key, request in reversed(keyed) if key not in ready}

@@ -1,7 +1,8 @@
 """One thread that owns the model; jobs join those that are being answered, between two of their tokens.
 
-Everything that touches the device happens in this thread. The tasks of Celery's pool only hand tickets in
-and wait for their futures.
+Everything that touches the device happens in this thread, but for the encoding of those that come while
+others are being answered, where that may overlap. The tasks of Celery's pool only hand tickets in and wait
+for their futures.
 """
 
 from __future__ import annotations
@@ -50,8 +51,11 @@ class Session(Protocol):
     def tokens(self) -> int:
         """Room in the cache that the pending requests may come to take."""
 
-    def ask(self, requests: Sequence[VisualRequest]) -> Sequence[Pending]:
-        """Takes the requests in; if it raises, none of them."""
+    def encode(self, requests: Sequence[VisualRequest]) -> Sequence[Any]:
+        """Looks at the requests' media, and at nothing that `step` changes."""
+
+    def admit(self, asked: Sequence[Any]) -> Sequence[Pending]:
+        """Takes in what was encoded; if it raises, none of it."""
 
     def step(self) -> Sequence[tuple[Any, int, str]]:
         """A token further; (request, question, new text) for each."""
@@ -159,8 +163,20 @@ class _Work:
     joined: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Tickets whose media are being encoded, since `began` (monotonic), while others are being answered."""
+
+    tickets: Sequence[Ticket]
+    encoded: Future[Sequence[Any]]
+    began: float
+
+
 class Engine(Generic[M]):
     """Answers what is submitted, as many at a time as `limits` let it.
+
+    Where `overlap` says so of the model, those that come while others are being answered are encoded in a
+    thread of their own, and on CUDA in a stream of their own; elsewhere nobody gets a token meanwhile.
 
     `load` returns the warm model and runs in the engine's thread. `cache` holds encodings for requests that
     name their media. `on_batch` hears how many requests are at work whenever some have joined. `on_death` is
@@ -173,18 +189,22 @@ class Engine(Generic[M]):
         *,
         limits: Limits,
         cache: EncodingCache | None = None,
+        overlap: Callable[[M], bool] = lambda _: False,
         on_batch: Callable[[int], None],
         on_death: Callable[[BaseException], None],
     ) -> None:
         self._load = load
         self._limits = limits
         self._cache = cache
+        self._overlaps = overlap
+        self._overlap = False
         self._on_batch = on_batch
         self._on_death = on_death
         self._tickets: SimpleQueue[Ticket | None] = SimpleQueue()
         self._model: Future[M] = Future()
         self._progress_at: float | None = None
         self._working: list[_Work] = []
+        self._ahead: _Ahead | None = None
         self._stopping = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
@@ -243,7 +263,8 @@ class Engine(Generic[M]):
             return
         try:
             self._session = self._new_session()
-            while self._working or not self._stopping:
+            self._overlap = self._overlaps(self._model.result())
+            while self._working or self._ahead or not self._stopping:
                 self._go_on()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: without this thread nothing is answered
             self._on_death(error)
@@ -252,15 +273,37 @@ class Engine(Generic[M]):
         return self._model.result().session(self._cache)
 
     def _go_on(self) -> None:
-        arrived = self._gather()
+        arrived = [] if self._ahead else self._gather()
         self._progress_at = time.monotonic()
         try:
-            if arrived:
+            if arrived and self._working and self._overlap:
+                self._ahead = _Ahead(arrived, self._encoding(arrived), time.monotonic())
+            elif arrived:
                 self._join(arrived)
                 self._step()  # their first tokens; the next is everyone's, so that arrivals hold up nobody
+            elif self._ahead and (self._ahead.encoded.done() or not self._working):
+                ahead, self._ahead = self._ahead, None
+                self._join(ahead.tickets, ahead)
+                self._step()
             self._step()
         finally:
             self._progress_at = None
+
+    def _encoding(self, batch: Sequence[Ticket]) -> Future[Sequence[Any]]:
+        """What the session makes of the requests' media, as it will be."""
+        session, requests = self._session, [ticket.request for ticket in batch]
+        encoded: Future[Sequence[Any]] = Future()
+
+        def encode() -> None:
+            try:
+                with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
+                    encoded.set_result(session.encode(requests))
+            except BaseException as error:  # noqa: BLE001 - the engine's thread waits for it and raises it there
+                encoded.set_exception(error)
+
+        # A daemon, so that a tower that hangs does not hold up the end of the process.
+        threading.Thread(target=encode, name="encoder", daemon=True).start()
+        return encoded
 
     def _gather(self) -> list[Ticket]:
         """Those whose turn it is; waits for the first where nothing is at work."""
@@ -284,10 +327,11 @@ class Engine(Generic[M]):
             return False
         return not self._working or self._session.tokens < self._limits.max_tokens
 
-    def _join(self, batch: Sequence[Ticket]) -> None:
-        began = time.monotonic()
+    def _join(self, batch: Sequence[Ticket], ahead: _Ahead | None = None) -> None:
+        began = ahead.began if ahead else time.monotonic()
         try:
-            requests = self._session.ask([ticket.request for ticket in batch])
+            asked = ahead.encoded.result() if ahead else self._session.encode([one.request for one in batch])
+            requests = self._session.admit(asked)
         except Exception as error:  # noqa: BLE001 - it belongs to one job, which the future tells it to
             failure = _kept(error)
         else:

@@ -96,6 +96,7 @@ class WorkerProcess:
             self._load,
             limits=Limits(settings.max_batch, settings.max_batch_tokens, settings.max_wait_ms / 1e3),
             cache=EncodingCache(settings.media_cache_bytes, settings.prefix_cache_bytes),
+            overlap=self._overlaps,
             on_batch=self._metrics.batch,
             on_death=_die,
         )
@@ -197,6 +198,10 @@ class WorkerProcess:
         picture = Image.new("RGB", (64, 64))
         model.answer(picture, "What is this?", settings.default_token_budget, max_new_tokens=2)
         return model
+
+    def _overlaps(self, model: PrunedVLM) -> bool:
+        wanted = self._settings.overlap
+        return model.device.type == "cuda" if wanted == "auto" else wanted == "on"
 
     def _describe(self, model: PrunedVLM) -> None:
         self._metrics.describe(family=model.family, quantization=model.quantization, revision=model.revision)

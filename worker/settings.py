@@ -50,6 +50,9 @@ class WorkerSettings(BaseSettings):
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Device memory for those tokens' keys and values, so that a further question has only its own words
     prefilled; 0: none are kept. `prismprune plan` prints what a token takes: tens of times its visual one."""
+    overlap: Literal["auto", "on", "off"] = "auto"
+    """Whether media of jobs that come while others are being answered are encoded beside that, in a thread of
+    their own and on CUDA a stream of their own; auto: on CUDA. On a CPU it takes cores from the answers."""
     concurrency: Annotated[int, Field(ge=1)] = 16
     """Jobs held at once. Twice the batch, so that the next one is decoded while this one generates."""
 

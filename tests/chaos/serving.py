@@ -114,7 +114,10 @@ class Night:
     def tokens(self) -> int:
         return len(self.pending)
 
-    def ask(self, requests: Sequence[VisualRequest]) -> list[Sleep]:
+    def encode(self, requests: Sequence[VisualRequest]) -> Sequence[VisualRequest]:
+        return requests
+
+    def admit(self, requests: Sequence[VisualRequest]) -> list[Sleep]:
         self._sleeper.begin(requests, sum("large" in one.question for one in self.pending))
         sleeps = [Sleep(request.questions[0]) for request in requests]
         self.pending += sleeps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -253,6 +254,25 @@ def test_prefixes_keep_to_their_bytes(vlm: PrunedVLM) -> None:
     assert seen == [words(vlm, pending)]
     cache.clear()
     assert cache.bytes == 0
+
+
+def test_one_thread_encodes_while_another_steps(vlm: PrunedVLM) -> None:
+    """Neither changes what the other computes."""
+    requests = [request(noise, tokens=6) for noise in range(12)]
+    session = vlm.session()
+    pending = session.ask([request(20, tokens=9)])
+    with ThreadPoolExecutor(1) as encoder:
+        encoding = encoder.submit(lambda: [session.encode([one])[0] for one in requests])
+        while not encoding.done():
+            session.step()
+            if not session.pending:
+                pending += session.ask([request(20, tokens=9)])
+    pending += session.admit(encoding.result())
+    while session.pending:
+        session.step()
+    fresh = [vlm.answer_batch([one])[0][0].token_ids for one in [request(20, tokens=9), *requests]]
+    repeats = len(pending) - len(requests)
+    assert [session.answers(one)[0].token_ids for one in pending] == [fresh[0]] * repeats + fresh[1:]
 
 
 def test_an_encoding_that_is_there_needs_no_media(vlm: PrunedVLM) -> None:

@@ -11,14 +11,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+import av
+import numpy as np
 import pytest
 import torch
 from obstore.store import from_url
 from PIL import Image
 
+from prismprune.caching import EncodingCache
+from prismprune.errors import UnsupportedMediaError
 from prismprune.results import Answer, Memory, PartMap, Timings, VisualTokens
-from worker.contract import AnswerJob, JobState, MediaRef, job_key, media_path
-from worker.jobs import Jobs, connect
+from tests.replies import field, state
+from worker.contract import AnswerJob, AnswerResult, JobState, MediaRef, Problem, job_key, media_path
+from worker.engine import Engine, Limits
+from worker.jobs import Claim, Jobs, connect
+from worker.metrics import WorkerMetrics
+from worker.store import MediaStore
+from worker.tasks import JobRunner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -27,14 +36,16 @@ if TYPE_CHECKING:
     from redis import Redis
 
     from prismprune import VisualRequest
-    from prismprune.caching import EncodingCache
+
+    MakeJob = Callable[..., AnswerJob]
 
 
 class Scripted:
     """Answers each question with itself. A question may ask for more: see `ScriptedSession`.
 
-    `gate` holds whoever joins until it is set; `batches` lists the questions of each joining; of more than
-    `fits()` requests at once it says that memory is short; each takes `tokens_each` tokens.
+    `gate` holds whoever joins until it is set, `sight` whoever's media are looked at; `batches` lists the
+    questions of each joining, `steps` counts; of more than `fits()` requests at once it says that memory is
+    short; each takes `tokens_each` tokens.
     """
 
     def __init__(self) -> None:
@@ -42,6 +53,9 @@ class Scripted:
         self.entered = threading.Event()
         self.gate = threading.Event()
         self.gate.set()
+        self.sight = threading.Event()
+        self.sight.set()
+        self.steps = 0
         self.fits: Callable[[], float] = lambda: math.inf
         self.tokens_each = 1
 
@@ -75,7 +89,13 @@ class ScriptedSession:
     def tokens(self) -> int:
         return self._script.tokens_each * len(self.pending)
 
-    def ask(self, requests: Sequence[VisualRequest]) -> list[ScriptedRequest]:
+    def encode(self, requests: Sequence[VisualRequest]) -> Sequence[VisualRequest]:
+        assert self._script.sight.wait(30)
+        if any(question == "unreadable" for request in requests for question in request.questions):
+            raise UnsupportedMediaError("unreadable")
+        return requests
+
+    def admit(self, requests: Sequence[VisualRequest]) -> list[ScriptedRequest]:
         script = self._script
         if len(self.pending) + len(requests) > script.fits():
             raise torch.OutOfMemoryError
@@ -89,6 +109,7 @@ class ScriptedSession:
         return asked
 
     def step(self) -> list[tuple[ScriptedRequest, int, str]]:
+        self._script.steps += 1
         events = [event for one in self.pending for event in self._advance(one)]
         self.pending = [one for one in self.pending if not one.done]
         return events
@@ -154,6 +175,13 @@ def tiny_jobs(redis: Redis, *, lease_s: float = 60, max_attempts: int = 3, owner
     return Jobs(redis, redis, "tiny", lease_s=lease_s, max_attempts=max_attempts, owner=owner)
 
 
+def claimed(jobs: Jobs, job_id: str, payload: str = "{}", *, alone: bool = False) -> Claim:
+    """The claim on a job that is free."""
+    claim = jobs.claim(job_id, payload, alone=alone)
+    assert isinstance(claim, Claim)
+    return claim
+
+
 @pytest.fixture
 def media_url(tmp_path: Path) -> str:
     """An empty media store on disk."""
@@ -169,6 +197,20 @@ def picture(media_url: str) -> MediaRef:
     return stored(media_url, buffer.getvalue())
 
 
+def video(media_url: str, frames: int) -> MediaRef:
+    """A clip of 64 x 48 in the store, each of its `frames` in a gray of its own."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for shade in range(frames):
+            pixels = np.full((48, 64, 3), shade * 20, dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
+        container.mux(stream.encode())
+    ref = stored(media_url, file.getvalue())
+    return ref.model_copy(update={"modality": "video", "media_type": "video/mp4"})
+
+
 def stored(media_url: str, data: bytes) -> MediaRef:
     """Writes `data` as the front end does; returns what a job refers to."""
     media_id = hashlib.sha256(data).hexdigest()
@@ -177,7 +219,7 @@ def stored(media_url: str, data: bytes) -> MediaRef:
 
 
 @pytest.fixture
-def make_job(redis: Redis, picture: MediaRef) -> Callable[..., AnswerJob]:
+def make_job(redis: Redis, picture: MediaRef) -> MakeJob:
     """Makes a job and its hash in Redis, as the front end does before it enqueues."""
 
     def make(question: str = "What is this?", **fields: Any) -> AnswerJob:
@@ -196,3 +238,62 @@ def make_job(redis: Redis, picture: MediaRef) -> Callable[..., AnswerJob]:
         return job
 
     return make
+
+
+class Worker:
+    """A job runner with its neighbours, and what they did."""
+
+    def __init__(self, redis: Redis, media_url: str) -> None:
+        self.redis = redis
+        self.model = Scripted()
+        self.metrics = WorkerMetrics("tiny")
+        self.jobs = tiny_jobs(redis)
+        self.cache = EncodingCache(2**20)
+        self.engine = Engine(
+            lambda: self.model,
+            limits=Limits(4, 10**6, 0),
+            cache=self.cache,
+            on_batch=lambda _: None,
+            on_death=lambda _: None,
+        )
+        store = MediaStore(media_url)
+        self._run = JobRunner(self.jobs, store, self.engine, self.metrics, default_budget=64, decoders=2)
+
+    def run(self, job: AnswerJob) -> None:
+        """Delivers the job, as Celery does."""
+        self._run(job.id, job.model_dump(mode="json"))
+
+    def deliver(self, job: AnswerJob) -> threading.Thread:
+        """Delivers the job to a thread of the pool."""
+        thread = threading.Thread(target=self.run, args=(job,))
+        thread.start()
+        return thread
+
+    def state(self, job: AnswerJob) -> JobState:
+        """The job's state in Redis."""
+        return state(self.redis, job.id)
+
+    def problem(self, job: AnswerJob) -> Problem:
+        """The job's problem in Redis."""
+        return Problem.model_validate_json(field(self.redis, job_key(job.id), "error"))
+
+    def result(self, job: AnswerJob) -> AnswerResult:
+        """The job's result in Redis."""
+        return AnswerResult.model_validate_json(field(self.redis, job_key(job.id), "result"))
+
+    def counted(self, outcome: JobState, modality: str = "image") -> float | None:
+        """How many requests the metrics saw end like that."""
+        labels = {"model": "tiny", "modality": modality, "outcome": outcome}
+        return self.metrics.registry.get_sample_value("prismprune_requests_total", labels)
+
+    def counter(self, name: str) -> float | None:
+        """A counter without labels."""
+        return self.metrics.registry.get_sample_value(f"prismprune_{name}")
+
+
+@pytest.fixture
+def worker(redis: Redis, media_url: str) -> Iterator[Worker]:
+    """A worker whose engine is warm."""
+    made = Worker(redis, media_url)
+    with made.engine:
+        yield made

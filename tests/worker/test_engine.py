@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismprune.caching import EncodingCache
-from prismprune.errors import UnknownModelError
+from prismprune.errors import UnknownModelError, UnsupportedMediaError
 from tests.worker.conftest import Scripted
 from worker.engine import Engine, Limits, _out_of_memory
-from worker.errors import DeadlineExceededError, OutOfMemoryError
+from worker.errors import DeadlineExceededError, OutOfMemoryError, StoppedError
 
 if TYPE_CHECKING:
     from prismprune.encoding import EncodedMedia
@@ -146,6 +146,87 @@ def test_what_does_not_fit_by_itself_fails_alone() -> None:
         assert [ticket.answered().shared_with for ticket in fitting] == [1, 1]
         with pytest.raises(OutOfMemoryError):
             culprit.answered()
+
+
+def overlapping(model: Scripted, **changes: Any) -> Engine[Scripted]:
+    return engine(model, overlap=lambda _: True, **changes)
+
+
+def behind(model: Scripted, running: Engine[Scripted], *questions: str) -> tuple[Ticket, list[Ticket]]:
+    """An endless answer at work, and others whose media nobody has seen yet."""
+    endless = ask(running, "for ever")
+    assert model.entered.wait(10)
+    while model.steps == 0:
+        time.sleep(0.001)
+    model.sight.clear()
+    return endless, [ask(running, question) for question in questions]
+
+
+def test_tokens_go_on_while_others_media_are_encoded() -> None:
+    """Where that overlaps; who was encoded joins as soon as that is done."""
+    model = Scripted()
+    with overlapping(model) as running:
+        endless, (short,) = behind(model, running, "short")
+        until = model.steps + 5
+        while model.steps < until:
+            time.sleep(0.001)
+        assert model.batches == [["for ever"]]
+        model.sight.set()
+        assert short.answered().answers[0].text == "short"
+        assert not endless.future.done()
+        endless.cancel()
+
+
+def test_who_is_left_alone_with_the_encoding_waits_for_it() -> None:
+    """The last one at work has ended, and nothing is asked again."""
+    model = Scripted()
+    with overlapping(model) as running:
+        endless, (short,) = behind(model, running, "short")
+        endless.cancel()
+        assert endless.future.result(10).answers[0].finish_reason == "canceled"
+        model.sight.set()
+        assert short.answered().answers[0].text == "short"
+    assert model.batches == [["for ever"], ["short"]]
+
+
+def test_media_that_cannot_be_encoded_fail_alone_beside_others() -> None:
+    """The neighbor that came with them, and who was at work, are answered."""
+    model = Scripted()
+    with overlapping(model) as running:
+        endless, (before, culprit, after) = behind(model, running, "before", "unreadable", "after")
+        model.sight.set()
+        with pytest.raises(UnsupportedMediaError):
+            culprit.answered()
+        assert [one.answered().answers[0].text for one in (before, after)] == ["before", "after"]
+        assert not endless.future.done()
+        endless.cancel()
+
+
+def test_what_ends_while_it_is_encoded_gets_no_answer() -> None:
+    """Canceled or late: it joins and leaves with the next step."""
+    model = Scripted()
+    with overlapping(model) as running:
+        endless, (canceled,) = behind(model, running, "for ever")
+        until = model.steps + 2
+        while model.steps < until:
+            time.sleep(0.001)
+        canceled.cancel()
+        model.sight.set()
+        with pytest.raises(StoppedError):
+            canceled.answered()
+        endless.cancel()
+
+
+def test_stopping_answers_what_is_being_encoded() -> None:
+    """Leaving the block waits for it."""
+    model = Scripted()
+    with overlapping(model) as running:
+        endless, (short,) = behind(model, running, "short")
+        until = model.steps + 2
+        while model.steps < until:
+            time.sleep(0.001)
+        threading.Timer(0.05, lambda: (model.sight.set(), endless.cancel())).start()
+    assert short.future.result(0).answers[0].text == "short"
 
 
 class Kept(NamedTuple):
