@@ -16,7 +16,7 @@ from prismprune.encoding import EncodedMedia
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-    from prismprune.decoding import Prefix
+    from prismprune.batches import Prefix
 
 
 class Sized(Protocol):

@@ -1,4 +1,4 @@
-"""Rows of one batch that join and leave between two steps: prefill, cache, and what prompts share.
+"""Rows of one batch that join and leave between two steps: prefill, steps, and what prompts share.
 
 transformers' continuous batching takes token ids alone, and a pruned prompt is embeddings; its caches and the
 models' own `forward` do the work here.
@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
-from transformers import DynamicCache
 
+from prismprune.batches import Batch, Prefix, joined, roomy_cache
 from prismprune.generation import Prefilled, Row
 from prismprune.meters import Stopwatch
 
@@ -174,118 +174,6 @@ class Running:
         return self._now_ms
 
 
-@dataclass(slots=True)
-class Batch:
-    """Rows that decode together.
-
-    mask: [B, T] over the cache, 0 for padding. next_positions: [B], of each row's next token. axes: rows of
-    position ids that the model takes, 3 for M-RoPE; None: one, which has no dimension of its own.
-    """
-
-    cache: DynamicCache
-    mask: Tensor
-    next_positions: Tensor
-    axes: int | None
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes that one token of one row takes in the cache: 2 * layers * kv heads * head_dim * itemsize."""
-        tensors: list[Tensor] = [tensor for layer in self.cache for tensor in layer[:2]]
-        return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
-
-    def keep(self, rows: list[int]) -> None:
-        """Only these rows, in this order; one may come several times. Padding that all share goes."""
-        if rows == list(range(len(self.mask))):
-            return
-        places = torch.tensor(rows, device=self.mask.device)
-        self.cache.batch_select_indices(places)
-        self.mask, self.next_positions = self.mask[places], self.next_positions[places]
-        if spare := int(self.mask.any(dim=0).int().argmax()):
-            self.mask = self.mask[:, spare:]
-            for layer in self.cache.layers:
-                cached: Any = layer  # a `DynamicCache` made without a config has layers of one kind
-                cached.keys, cached.values = cached.keys[:, :, spare:], cached.values[:, :, spare:]
-
-    def step(self, model: Any, tokens: list[int]) -> Tensor:
-        """Feed one token a row; logits [B, vocabulary] of the next."""
-        ids = torch.tensor(tokens, device=self.mask.device)[:, None]
-        positions = self.next_positions[:, None]
-        if self.axes is not None:
-            positions = positions.expand(self.axes, -1, -1)
-        self.next_positions = self.next_positions + 1
-        return self.extend(model, ids, torch.ones_like(ids), positions)
-
-    def extend(
-        self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, **visual_inputs: Any
-    ) -> Tensor:
-        """Feed `ids` [B, L], 0 in `mask` [B, L] for padding on the left; logits [B, vocabulary] after them.
-
-        positions: [B, L], or [axes, B, L].
-        """
-        self.mask = torch.cat([self.mask, mask], dim=1)
-        output = model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **visual_inputs,
-        )
-        logits: Tensor = output.logits[:, -1]
-        return logits
-
-
-def joined(batches: Sequence[Batch]) -> Batch:
-    """One batch of all rows, padded on the left to the longest."""
-    if len(batches) == 1:
-        return batches[0]
-    length = max(batch.mask.shape[1] for batch in batches)
-    cache = DynamicCache()
-    for layers in zip(*(batch.cache.layers for batch in batches), strict=True):
-        keys, values = (
-            torch.cat([pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
-            for tensors in zip(*((layer.keys, layer.values) for layer in layers), strict=True)
-        )
-        cache.update(keys, values, len(cache.layers))
-    masks = [pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in batches]
-    positions = torch.cat([batch.next_positions for batch in batches])
-    return Batch(cache, torch.cat(masks), positions, batches[0].axes)
-
-
-@dataclass(frozen=True, slots=True)
-class Prefix:
-    """What a prompt's first L tokens leave in the cache: keys and values [1, heads, L, head_dim] a layer."""
-
-    layers: tuple[tuple[Tensor, Tensor], ...]
-    axes: int | None
-
-    @classmethod
-    def of(cls, batch: Batch, row: int, columns: slice) -> Prefix:
-        """A copy of a row's tokens in these columns of the cache, which have no padding among them."""
-        layers = [
-            (keys[row : row + 1, :, columns].clone(), values[row : row + 1, :, columns].clone())
-            for keys, values, *_ in batch.cache
-        ]
-        return cls(tuple(layers), batch.axes)
-
-    @property
-    def length(self) -> int:
-        """Tokens."""
-        return self.layers[0][0].shape[2]
-
-    @property
-    def bytes(self) -> int:
-        """What it takes of the device's memory."""
-        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
-
-    def batch(self) -> Batch:
-        """Of one row, to be extended, which leaves the prefix as it is."""
-        device = self.layers[0][0].device
-        mask = torch.ones(1, self.length, dtype=torch.long, device=device)
-        return Batch(DynamicCache(self.layers), mask, torch.full((1,), self.length, device=device), self.axes)
-
-
 class _Prefill:
     """Runs prompts through the model, what several share once, and nothing of what is known before.
 
@@ -393,7 +281,7 @@ def _extended(
     following = torch.tensor([prompt.following for prompt in prompts], device=device)
     if batch is None:
         empty = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
-        batch = Batch(DynamicCache(), empty, following, axes)
+        batch = Batch(roomy_cache(), empty, following, axes)
     batch.next_positions = following
     shown = [] if any(starts) else [visual for prompt in prompts for visual in prompt.visuals]
     visual_inputs = decoder.visual_inputs(shown) if shown else {}

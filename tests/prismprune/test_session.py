@@ -7,13 +7,17 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from prismprune import GenerationOptions, InvalidOptionError, TokenBudget, VisualRequest
+from prismprune.batches import ROOM, RoomyLayer
 from prismprune.caching import EncodingCache
 from prismprune.media import Picture
 from prismprune.session import Asked, Pending, Session
+from tests.present import present
 from tests.prismprune.tiny import picture
 
 if TYPE_CHECKING:
@@ -254,6 +258,26 @@ def test_prefixes_keep_to_their_bytes(vlm: PrunedVLM) -> None:
     assert seen == [words(vlm, pending)]
     cache.clear()
     assert cache.bytes == 0
+
+
+def test_a_cache_with_room_holds_what_one_without_does() -> None:
+    """Token by token, past the room's end, and after rows and columns were dropped."""
+    roomy, plain = RoomyLayer(), DynamicLayer()
+    draw = torch.Generator().manual_seed(0)
+    copies = 0
+    for step in range(2 * ROOM + 10):
+        new = torch.rand(3 - (step > 40), 2, 5 if step == 0 else 1, 4, generator=draw)
+        before = None if step == 0 else roomy.tensors[0].data_ptr()
+        roomy.update(new, -new)
+        plain.update(new, -new)
+        copies += before is not None and roomy.tensors[0].data_ptr() != before
+        if step == 40:
+            for layer in (roomy, plain):
+                layer.batch_select_indices(torch.tensor([2, 0]))
+                layer.keys, layer.values = present(layer.keys)[:, :, 3:], present(layer.values)[:, :, 3:]
+    assert torch.equal(roomy.tensors[0], present(plain.keys))
+    assert torch.equal(roomy.tensors[1], present(plain.values))
+    assert copies == 3  # behind the prompt, behind what was dropped, and where the room was used up
 
 
 def test_one_thread_encodes_while_another_steps(vlm: PrunedVLM) -> None:

@@ -1,0 +1,199 @@
+"""Keys and values of rows that decode together: they grow, are padded to one another, and can be kept.
+
+transformers' caches do the work. What is added is room behind the tokens, and rows that come and go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import pad
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch import Tensor
+
+ROOM = 64
+"""Tokens that a cache has room for when it has to grow: only every so many steps everything is copied."""
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values [B, heads, T, head_dim] of one layer, views of storage that has room behind them.
+
+    `DynamicLayer` copies all of them for every token: at 8 rows of 600 tokens a seventh of the demo's step.
+    Whatever replaces `keys` and `values`, as selecting rows does, leaves the room; the next token makes new.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)  # type: ignore[no-untyped-call]
+        self._room: list[Tensor] = []
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, once there are any."""
+        if self.keys is None or self.values is None:
+            raise RuntimeError("nothing has been cached yet")
+        return self.keys, self.values
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append [B, heads, L, head_dim]; returns all."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = key_states, value_states
+            return self.keys, self.values
+        length = self.tensors[0].shape[2]
+        longer = length + key_states.shape[2]
+        if not self._has_room(longer):
+            self._room = [_roomy(tokens, longer + ROOM) for tokens in self.tensors]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, length:longer] = new
+        self.keys, self.values = (room[:, :, :longer] for room in self._room)
+        return self.keys, self.values
+
+    def _has_room(self, length: int) -> bool:
+        """Whether `keys` and `values` are views of the room's beginning, and it is long enough."""
+        return bool(self._room) and all(
+            tokens.data_ptr() == room.data_ptr()
+            and tokens.stride() == room.stride()
+            and length <= room.shape[2]
+            for tokens, room in zip(self.tensors, self._room, strict=True)
+        )
+
+
+def _roomy(tokens: Tensor, length: int) -> Tensor:
+    rows, heads, held, width = tokens.shape
+    room = tokens.new_empty(rows, heads, length, width)
+    room[:, :, :held] = tokens
+    return room
+
+
+def roomy_cache(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Cache:
+    """A cache that begins with these keys and values [B, heads, T, head_dim], a layer each."""
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    for place, (keys, values) in enumerate(layers):
+        cache.update(keys, values, place)
+    return cache
+
+
+@dataclass(slots=True)
+class Batch:
+    """Rows that decode together.
+
+    mask: [B, T] over the cache, 0 for padding. next_positions: [B], of each row's next token. axes: rows of
+    position ids that the model takes, 3 for M-RoPE; None: one, which has no dimension of its own.
+    """
+
+    cache: Cache
+    mask: Tensor
+    next_positions: Tensor
+    axes: int | None
+
+    @property
+    def layers(self) -> list[RoomyLayer]:
+        """Of the cache."""
+        return [layer for layer in self.cache.layers if isinstance(layer, RoomyLayer)]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that one token of one row takes in the cache: 2 * layers * kv heads * head_dim * itemsize."""
+        tensors = [tensor for layer in self.layers for tensor in layer.tensors]
+        return sum(tensor.shape[1] * tensor.shape[3] * tensor.element_size() for tensor in tensors)
+
+    def keep(self, rows: list[int]) -> None:
+        """Only these rows, in this order; one may come several times. Padding that all share goes."""
+        if rows == list(range(len(self.mask))):
+            return
+        places = torch.tensor(rows, device=self.mask.device)
+        self.cache.batch_select_indices(places)
+        self.mask, self.next_positions = self.mask[places], self.next_positions[places]
+        if spare := int(self.mask.any(dim=0).int().argmax()):
+            self.mask = self.mask[:, spare:]
+            for layer in self.layers:
+                layer.keys, layer.values = (tensor[:, :, spare:] for tensor in layer.tensors)
+
+    def step(self, model: Any, tokens: list[int]) -> Tensor:
+        """Feed one token a row; logits [B, vocabulary] of the next."""
+        ids = torch.tensor(tokens, device=self.mask.device)[:, None]
+        positions = self.next_positions[:, None]
+        if self.axes is not None:
+            positions = positions.expand(self.axes, -1, -1)
+        self.next_positions = self.next_positions + 1
+        return self.extend(model, ids, torch.ones_like(ids), positions)
+
+    def extend(
+        self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, **visual_inputs: Any
+    ) -> Tensor:
+        """Feed `ids` [B, L], 0 in `mask` [B, L] for padding on the left; logits [B, vocabulary] after them.
+
+        positions: [B, L], or [axes, B, L].
+        """
+        self.mask = torch.cat([self.mask, mask], dim=1)
+        output = model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **visual_inputs,
+        )
+        logits: Tensor = output.logits[:, -1]
+        return logits
+
+
+def joined(batches: Sequence[Batch]) -> Batch:
+    """One batch of all rows, padded on the left to the longest."""
+    if len(batches) == 1:
+        return batches[0]
+    length = max(batch.mask.shape[1] for batch in batches)
+    layers: list[tuple[Tensor, Tensor]] = []
+    for own in zip(*(batch.layers for batch in batches), strict=True):
+        keys, values = zip(*(layer.tensors for layer in own), strict=True)
+        layers.append((_stacked(keys, length), _stacked(values, length)))
+    masks = [pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in batches]
+    positions = torch.cat([batch.next_positions for batch in batches])
+    return Batch(roomy_cache(layers), torch.cat(masks), positions, batches[0].axes)
+
+
+def _stacked(tensors: Sequence[Tensor], length: int) -> Tensor:
+    return torch.cat([pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """What a prompt's first L tokens leave in the cache: keys and values [1, heads, L, head_dim] a layer."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+    axes: int | None
+
+    @classmethod
+    def of(cls, batch: Batch, row: int, columns: slice) -> Prefix:
+        """A copy of a row's tokens in these columns of the cache, which have no padding among them."""
+        rows = slice(row, row + 1)
+        held = [layer.tensors for layer in batch.layers]
+        layers = [(keys[rows, :, columns].clone(), values[rows, :, columns].clone()) for keys, values in held]
+        return cls(tuple(layers), batch.axes)
+
+    @property
+    def length(self) -> int:
+        """Tokens."""
+        return self.layers[0][0].shape[2]
+
+    @property
+    def bytes(self) -> int:
+        """What it takes of the device's memory."""
+        return sum(tensor.nbytes for layer in self.layers for tensor in layer)
+
+    def batch(self) -> Batch:
+        """Of one row, to be extended, which leaves the prefix as it is."""
+        device = self.layers[0][0].device
+        mask = torch.ones(1, self.length, dtype=torch.long, device=device)
+        positions = torch.full((1,), self.length, device=device)
+        return Batch(roomy_cache(self.layers), mask, positions, self.axes)
