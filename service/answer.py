@@ -73,6 +73,7 @@ async def answer(
         async with answer_request(request) as asked:
             record = await accept(request, here, caller, asked, key=idempotency_key, followed=at_once)
             timeout_s, stream = asked.timeout_s, asked.stream
+        del asked  # its media, while the caller waits
     if stream:
         events = sent(here, record)
         kept = events if at_once or idempotency_key else unless_hung_up(here, record, events)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from contextlib import asynccontextmanager
 from email.message import Message
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
 from service.errors import (
@@ -19,7 +19,8 @@ from service.errors import (
     UnknownMethodError,
     UnsupportedMediaError,
 )
-from service.schemas import MEDIA_KINDS, AnswerRequest
+from service.long_texts import taken_out
+from service.schemas import MAX_TEXT, MEDIA_KINDS, AnswerRequest
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from starlette.datastructures import FormData, UploadFile
     from starlette.requests import Request
 
+    from service.long_texts import DataUri
+
+M = TypeVar("M", bound=BaseModel)
 MULTIPART = "multipart/form-data"
 MAX_PARTS = 64
 """More files or fields than any valid request has: the parser gives up there."""
@@ -57,16 +61,26 @@ async def answer_request(request: Request) -> AsyncIterator[AnswerRequest]:
         async with form(request) as fields:
             yield _from_form(fields)
     elif kind == "application/json" or kind.endswith("+json"):
-        yield await _from_json(request)
+        asked, data_uris = await from_json(request, AnswerRequest)
+        yield asked.with_media(data_uris)
     else:
         raise UnsupportedMediaError("Send the body as application/json or multipart/form-data.")
 
 
-async def json_body(request: Request) -> bytearray:
-    """The bytes of the body; `request.body()` would keep them for as long as the caller waits.
+async def from_json(request: Request, model: type[M]) -> tuple[M, dict[str, DataUri]]:
+    """The validated body, and what the stand-ins of its long data URIs stand for.
 
     Raises `BodyTooLargeError` for one of so many values that to parse it would take seconds.
     """
+    try:
+        rest, data_uris = taken_out(await _read(request), MAX_TEXT + 1)  # so that no other text may be one
+        return model.model_validate_json(rest), data_uris
+    except ValidationError as error:
+        raise refusal(error) from None
+
+
+async def _read(request: Request) -> bytearray:
+    """The bytes of the body; `request.body()` would keep them for as long as the caller waits."""
     body, commas = bytearray(), 0
     async for chunk in request.stream():
         body += chunk
@@ -74,13 +88,6 @@ async def json_body(request: Request) -> bytearray:
         if commas > MAX_COMMAS:
             raise BodyTooLargeError(f"A JSON body may have at most {MAX_COMMAS} commas.")
     return body
-
-
-async def _from_json(request: Request) -> AnswerRequest:
-    try:
-        return AnswerRequest.model_validate_json(await json_body(request))
-    except ValidationError as error:
-        raise refusal(error) from None
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from starlette.requests import Request  # noqa: TC002 (fastapi reads the annotat
 from starlette.responses import JSONResponse, Response
 
 from service.answer import IdempotencyKey, accept
-from service.body import json_body, refusal
+from service.body import from_json, refusal
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import DeadlineError, openai_error
 from service.events import HEADERS, unless_hung_up, waited_for
@@ -113,13 +113,13 @@ async def complete(
     A caller who hangs up cancels the job, unless it sent an `Idempotency-Key`.
     """
     with here.metrics.counting_rejections():
-        chat = await _chat(request)
+        chat, data_uris = await from_json(request, ChatRequest)
         try:
-            asked = chat.asked()
+            asked = chat.asked().with_media(data_uris)
         except ValidationError as error:
             raise refusal(error) from None
         record = await accept(request, here, caller, asked, key=idempotency_key, followed=False)
-    del asked  # its media, while the caller waits
+    del asked, data_uris  # its media, while the caller waits
     if chat.stream:
         chunks = _chunks(here, record, chat)
         kept = chunks if idempotency_key else unless_hung_up(here, record, chunks)
@@ -131,13 +131,6 @@ async def complete(
         await here.jobs.cancel(record)
         raise DeadlineError(f"No answer within {here.settings.timeout_s:g} s; the job was canceled.")
     return JSONResponse(_completion(record, record.outcome(), chat.model))
-
-
-async def _chat(request: Request) -> ChatRequest:
-    try:
-        return ChatRequest.model_validate_json(await json_body(request))
-    except ValidationError as error:
-        raise refusal(error) from None
 
 
 def _completion(record: JobRecord, result: dict[str, Any], model: str) -> dict[str, Any]:

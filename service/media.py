@@ -29,6 +29,7 @@ from service.errors import (
     UnsupportedMediaError,
     UrlNotFetchedError,
 )
+from service.long_texts import DataUri
 from service.schemas import MediaById, MediaByUrl
 from worker.contract import MediaRef, media_path
 
@@ -225,7 +226,7 @@ class MediaStore:
     def _inspect(self, source: Media | IO[bytes], field: str, modality: Modality) -> Intake:
         if isinstance(source, MediaById):
             return Intake(self._stored(source.id, field, modality), None)
-        file = self._decode(source, field, modality) if isinstance(source, str) else _file(source)
+        file = self._decode(source, field, modality) if isinstance(source, (str, DataUri)) else _file(source)
         return Intake(self._measure(file, field, modality), file)
 
     def _measure(self, file: IO[bytes], field: str, modality: Modality) -> MediaRef:
@@ -251,8 +252,12 @@ class MediaStore:
         if size > (limit := self._limit(modality)):
             raise MediaTooLargeError(f"{field}: {modality}s may have at most {limit} bytes.")
 
-    def _decode(self, uri: str, field: str, modality: Modality) -> IO[bytes]:
-        header, _, payload = uri.partition(",")
+    def _decode(self, uri: str | DataUri, field: str, modality: Modality) -> IO[bytes]:
+        payload: str | memoryview
+        if isinstance(uri, DataUri):
+            header, payload = uri.header, uri.payload
+        else:
+            header, _, payload = uri.partition(",")
         if not (header[:5].lower() == "data:" and header[-7:].lower() == ";base64"):
             raise InvalidRequestError(f"{field}: must be a data URI such as data:image/png;base64,...")
         self._check_size(len(payload) // 4 * 3 - 2, field, modality)  # before a copy of it is made
@@ -303,14 +308,25 @@ def _sources(request: AnswerRequest) -> dict[str, Media]:
     return {field: media for field, media in one.items() if media is not None}
 
 
-def _decoded(payload: str) -> IO[bytes]:
-    """What the base64 stands for, by pieces: while one is decoded no other thread runs. Raises ValueError."""
-    file = io.BytesIO()
-    for start in range(0, len(payload), CHUNK):  # a multiple of 4
-        data = base64.b64decode(payload[start : start + CHUNK], validate=True)
-        if len(data) < CHUNK // 4 * 3 and start + CHUNK < len(payload):
+def _decoded(payload: str | memoryview) -> io.BytesIO:
+    """What the base64 stands for, by pieces: while one is decoded no other thread runs. Raises ValueError.
+
+    payload: text, or bytes of JSON, in which `/` may be escaped.
+    """
+    file, carried, padded = io.BytesIO(), b"", False
+    for start in range(0, len(payload), CHUNK):
+        piece = payload[start : start + CHUNK]
+        text = piece.encode("ascii") if isinstance(piece, str) else bytes(piece).replace(b"\\", b"")
+        carried += text
+        whole = len(carried) // 4 * 4
+        if whole and padded:
             raise ValueError("padding before the end")
+        data = base64.b64decode(carried[:whole], validate=True)
+        padded = len(data) < whole // 4 * 3
         file.write(data)
+        carried = carried[whole:]
+    if carried:
+        raise ValueError("characters at the end that are no whole group")
     return file
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic.json_schema import SkipJsonSchema
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 
+from service.long_texts import DataUri
 from worker.contract import (
     MAX_TOKEN_BUDGET,
     METHODS,
@@ -30,6 +31,9 @@ from worker.contract import (
     Method,
     PrismOptions,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 MAX_TEXT = 16_384
 """Characters of a question or a system prompt; a model's own context ends long before."""
@@ -54,6 +58,8 @@ class MediaByUrl(BaseModel):
 def _media_kind(value: Any) -> str | None:
     if isinstance(value, str):
         return "data-uri"
+    if isinstance(value, DataUri):
+        return "long-data-uri"
     if isinstance(value, UploadFile):
         return "upload"
     if isinstance(value, (MediaById, MediaByUrl)):
@@ -63,12 +69,13 @@ def _media_kind(value: Any) -> str | None:
     return None
 
 
-MEDIA_KINDS = ("data-uri", "upload", "by-id", "by-url")
+MEDIA_KINDS = ("data-uri", "long-data-uri", "upload", "by-id", "by-url")
 """Tags of `Media`; pydantic puts them into the place of an error, where a caller has no use for them."""
 Media = Annotated[
     Annotated[str, Tag("data-uri"), Field(description="A data URI: `data:image/png;base64,...`")]
     | Annotated[MediaById, Tag("by-id")]
     | Annotated[MediaByUrl, Tag("by-url")]
+    | Annotated[SkipJsonSchema[InstanceOf[DataUri]], Tag("long-data-uri")]
     | Annotated[SkipJsonSchema[InstanceOf[UploadFile]], Tag("upload")],
     Discriminator(
         _media_kind,
@@ -149,6 +156,17 @@ class AnswerRequest(Generation):
         if self.sampling.end_s is not None and self.sampling.end_s <= self.sampling.start_s:
             raise PydanticCustomError("sampling", "sampling.end_s must be after sampling.start_s")
         return self
+
+    def with_media(self, texts: Mapping[str, DataUri]) -> Self:
+        """With what its media stand for, where they are stand-ins of `texts`."""
+
+        def meant(media: Media | None) -> Media | None:
+            return texts.get(media, media) if isinstance(media, str) else media
+
+        images = None if self.images is None else tuple(map(meant, self.images))
+        return self.model_copy(
+            update={"image": meant(self.image), "images": images, "video": meant(self.video)}
+        )
 
     @property
     def all_questions(self) -> tuple[str, ...]:
