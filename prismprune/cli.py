@@ -20,6 +20,16 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import prismprune
+from prismprune.cli_options import (
+    ComputeDtype,
+    Device,
+    DoubleQuant,
+    Dtype,
+    Layout,
+    QuantizeAlso,
+    Quantized,
+    quantized,
+)
 from prismprune.errors import InvalidBudgetError, InvalidOptionError, PrismError, UnknownMethodError
 from prismprune.evaluation.cli import compare
 from prismprune.settings import LibrarySettings
@@ -41,15 +51,6 @@ EXAMPLES = {
 }
 """A published checkpoint of each family."""
 DEFAULT_BUDGET = "all"
-
-Quantized = Annotated[str | None, typer.Option("--quantization", help="int8 or nf4.")]
-ComputeDtype = Annotated[
-    str | None, typer.Option(help="What nf4 computes in: float32, bfloat16 or float16 [that of the model].")
-]
-DoubleQuant = Annotated[bool, typer.Option(help="Whether nf4 quantises its scales too.")]
-QuantizeAlso = Annotated[
-    list[str] | None, typer.Option(help="Quantise vision, projector or head too; repeat for several.")
-]
 
 
 def output() -> Console:
@@ -152,11 +153,9 @@ def answer(
     compute_dtype: ComputeDtype = None,
     double_quant: DoubleQuant = True,
     quantize_also: QuantizeAlso = None,
-    layout: Annotated[
-        str | None, typer.Option(help="How LLaVA-NeXT packs crops: native, or paper (no newlines).")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda or auto.")] = "auto",
+    layout: Layout = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
     save_map: Annotated[
         Path | None, typer.Option(help="Write a PNG that shows the kept tokens.", dir_okay=False)
     ] = None,
@@ -171,8 +170,8 @@ def answer(
     opened = tuple(prismprune.open_media(path, sampling=sampling) for path in media)
     generation = prismprune.GenerationOptions(max_new_tokens, temperature, top_p, seed)
     prismprune.selector(method)  # an unknown method is told before a model is loaded
-    quantized = _quantization(quantization, compute_dtype, double_quant, quantize_also)
-    vlm = _load(model, dtype=dtype, device=device, quantization=quantized, layout=layout)
+    weights = quantized(quantization, compute_dtype, double_quant, quantize_also)
+    vlm = _load(model, dtype=dtype, device=device, quantization=weights, layout=layout)
     request = prismprune.VisualRequest(opened, (question,), budget, method, generation=generation)
     found = vlm.answer_batch([request])[0][0]
     _show(found, model, as_json=as_json)
@@ -237,7 +236,7 @@ def plan(
         model,
         budget,
         dtype=dtype,
-        quantization=_quantization(quantization, compute_dtype, double_quant, quantize_also),
+        quantization=quantized(quantization, compute_dtype, double_quant, quantize_also),
         text_tokens=text_tokens,
         visual_tokens=visual_tokens,
     )
@@ -277,14 +276,6 @@ def _sampling(num_frames: int | None, start: float | None, end: float | None) ->
     given = {"num_frames": num_frames, "start_s": start, "end_s": end}
     chosen: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return prismprune.FrameSampling(**chosen) if chosen else None
-
-
-def _quantization(
-    kind: str | None, compute_dtype: str | None, double_quant: bool, also: list[str] | None
-) -> prismprune.Quantization | None:
-    return prismprune.Quantization.chosen(
-        kind, compute_dtype=compute_dtype, double_quant=double_quant, also=also or ()
-    )
 
 
 def _load(model: str, **options: Any) -> prismprune.PrunedVLM:

@@ -12,6 +12,17 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from prismprune.cli_options import (
+    ComputeDtype,
+    Device,
+    DoubleQuant,
+    Dtype,
+    Layout,
+    QuantizeAlso,
+    Quantized,
+    quantized,
+)
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
@@ -43,9 +54,13 @@ def compare(
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="The first so many pictures or clips.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a model.")] = 16,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "auto",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or auto.")] = "auto",
-    quantization: Annotated[str | None, typer.Option(help="int8 or nf4.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    layout: Layout = None,
+    quantization: Quantized = None,
+    compute_dtype: ComputeDtype = None,
+    double_quant: DoubleQuant = True,
+    quantize_also: QuantizeAlso = None,
     results: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="JSON lines of finished pictures: a later run goes on from them."),
@@ -68,10 +83,11 @@ def compare(
     methods = method or list(METHODS)
     for one in methods:
         parsed_method(one)  # a wrong one is told before a model is loaded
+    weights = quantized(quantization, compute_dtype, double_quant, quantize_also)
     subjects = _subjects(questions, pictures)
     settings: list[Setting] = [("none", None)]
     settings += [(one, tokens) for one in methods for tokens in budget or DEFAULT_BUDGETS]
-    vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=quantization)
+    vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=weights, layout=layout)
     marker = _marker(vlm, max_new_tokens)
     suite = Path(questions).stem
     reports = compared(vlm, suite, subjects, settings, marker=marker, results=results)

@@ -128,9 +128,10 @@ def same_answer(said: str, true: str) -> bool:
 
 
 def identity(vlm: PrunedVLM) -> str:
-    """What tells one model's results from another's: name, version, quantization, number format."""
+    """What tells one model's results from another's: name, version, quantization, number format, layout."""
     version = vlm.revision or Path(vlm.model.config.name_or_path).name
-    return " ".join([vlm.name, version, vlm.quantization or "unquantized", str(vlm.dtype)])
+    layout = [] if vlm.layout == "native" else [vlm.layout]
+    return " ".join([vlm.name, version, vlm.quantization or "unquantized", str(vlm.dtype), *layout])
 
 
 class Journal:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from prismprune.selection.base import cosines
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from collections.abc import Set as AbstractSet
 
     from torch import Tensor
@@ -27,6 +28,26 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
     center = (share + z2 / (2 * asked)) / (1 + z2 / asked)
     half = Z_95 / (1 + z2 / asked) * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked**2))
     return (center - half if right else 0.0), (center + half if right < asked else 1.0)
+
+
+def paired_difference(
+    right: Sequence[int], reference: Sequence[int], asked: Sequence[int]
+) -> tuple[float, float, float]:
+    """How much more often one of two is right about the same questions, and its 95 % interval.
+
+    right, reference, asked: numbers a picture. Questions about one picture are right or wrong together, so
+    pictures are what varies: the difference is a ratio of sums over clusters, with that ratio's variance
+    (Cochran, Sampling Techniques, 1977, section 2.11).
+    The interval is all there can be, -1 to 1, for fewer than two pictures.
+    """
+    pictures, questions = len(asked), sum(asked)
+    gained = [one - other for one, other in zip(right, reference, strict=True)]
+    difference = sum(gained) / questions if questions else 0.0
+    if pictures < 2:
+        return difference, -1.0, 1.0
+    squares = sum((more - difference * count) ** 2 for more, count in zip(gained, asked, strict=True))
+    half = Z_95 * math.sqrt(pictures / (pictures - 1) * squares) / questions
+    return difference, difference - half, difference + half
 
 
 def overlap(kept: AbstractSet[tuple[int, int]], reference: AbstractSet[tuple[int, int]]) -> float:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prismprune.errors import InvalidOptionError
-from prismprune.evaluation.measures import wilson
+from prismprune.evaluation.measures import paired_difference, wilson
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 Setting = tuple[str, int | None]
 """(method, tokens kept of a picture or clip). None keeps all; the method is then "none"."""
 UNPRUNED: Setting = ("none", None)
+REFERENCE = "prism"
+"""The method that the others are compared with at the same budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +48,16 @@ class Tally:
     right: Counter[str] = field(default_factory=Counter)
     asked: Counter[str] = field(default_factory=Counter)
     kept: list[Kept] = field(default_factory=list)
+    by_picture: list[tuple[int, int]] = field(default_factory=list)
+    """Right answers and questions of each."""
 
     def add(self, questions: Sequence[Question], marks: Sequence[bool], kept: Kept) -> None:
+        """One more picture."""
         for question, right in zip(questions, marks, strict=True):
             self.asked[question.kind] += 1
             self.right[question.kind] += right
         self.kept.append(kept)
+        self.by_picture.append((sum(marks), len(marks)))
 
     @property
     def questions(self) -> int:
@@ -121,12 +127,25 @@ class Report:
         whole = self.tallies[UNPRUNED].accuracy if UNPRUNED in self.tallies else 0.0
         return tally.accuracy / whole if whole else None
 
+    def difference(self, setting: Setting) -> tuple[float, float, float] | None:
+        """Accuracy beyond that of `prism` at the same budget, and its 95 % interval, by pairs of pictures.
+
+        None for `prism` itself, and where it was not asked.
+        """
+        method, budget = setting
+        if budget is None or method == REFERENCE or (REFERENCE, budget) not in self.tallies:
+            return None
+        right, asked = zip(*self.tallies[setting].by_picture, strict=True)
+        reference, _ = zip(*self.tallies[REFERENCE, budget].by_picture, strict=True)
+        return paired_difference(right, reference, asked)
+
     def rows(self) -> list[dict[str, Any]]:
         """One flat row a setting, as in the CSV file; shares are 0 to 1, by kind under "accuracy: kind"."""
         return [self._row(setting, tally) for setting, tally in self.tallies.items()]
 
     def _row(self, setting: Setting, tally: Tally) -> dict[str, Any]:
         low, high = tally.interval
+        difference, worst, best = self.difference(setting) or (None, None, None)
         row: dict[str, Any] = {
             "method": setting[0],
             "budget": "all" if setting[1] is None else setting[1],
@@ -137,6 +156,9 @@ class Report:
             "low": low,
             "high": high,
             "relative": self.relative(tally),
+            "difference": difference,
+            "difference_low": worst,
+            "difference_high": best,
             "overlap": tally.overlap,
             "coverage": tally.coverage,
             "select_ms": tally.select_ms,
@@ -154,16 +176,17 @@ class Report:
         """What a terminal shows; shares in percent."""
         asked = self._answers.total()
         table = Table(
-            *("method", "tokens", "accuracy", "95 %", "of all", "overlap", "coverage", "select"),
+            *("method", "tokens", "accuracy", "95 %", "of all", "to prism", "overlap", "coverage", "select"),
             title=f"{self.suite}: {self.pictures} pictures, {asked} questions",
-            caption=f"always the commonest answer: {self.majority:.1%}; overlap with prism; select in ms",
+            caption=f"always the commonest answer: {self.majority:.1%}; to prism: difference in points, and "
+            "its 95 %, by pairs of pictures; overlap with prism; select in ms",
             box=SIMPLE_HEAD,
         )
         for row in self.rows():
             relative = "" if row["relative"] is None else f"{100 * row['relative']:.1f}"
             table.add_row(
                 *(row["method"], str(row["budget"]), f"{100 * row['accuracy']:.1f}"),
-                *(f"{100 * row['low']:.1f} to {100 * row['high']:.1f}", relative),
+                *(f"{100 * row['low']:.1f} to {100 * row['high']:.1f}", relative, _points(row)),
                 *(f"{100 * row['overlap']:.0f}", f"{row['coverage']:.3f}", f"{row['select_ms']:.1f}"),
             )
         return table
@@ -206,3 +229,11 @@ class Report:
         below = [100 * (tally.accuracy - tally.interval[0]) for tally in tallies]
         above = [100 * (tally.interval[1] - tally.accuracy) for tally in tallies]
         return {"x": budgets, "y": [100 * tally.accuracy for tally in tallies], "yerr": [below, above]}
+
+
+def _points(row: dict[str, Any]) -> str:
+    """`-1.2 (-3.0 to +0.6)`."""
+    if row["difference"] is None:
+        return ""
+    points = [f"{100 * row[name]:+.1f}" for name in ("difference", "difference_low", "difference_high")]
+    return "{} ({} to {})".format(*points)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,12 +15,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
 from prismprune import METHODS, InvalidOptionError, PrunedVLM, UnknownMethodError, open_media
 from prismprune.cli import app
 from prismprune.evaluation.compare import OneReading, compare, identity, parsed_method, same_answer
-from prismprune.evaluation.measures import nearest_cosines, overlap, wilson
+from prismprune.evaluation.measures import nearest_cosines, overlap, paired_difference, wilson
 from prismprune.evaluation.report import Kept, Report
 from prismprune.evaluation.subjects import Question, Subject, read_subjects
 from prismprune.media import Picture
@@ -28,7 +31,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from torch import Tensor
+
     from prismprune.encoding import EncodedMedia
+    from prismprune.families.base import Reading
 
 ALL = ("none", None)
 
@@ -280,12 +286,58 @@ def test_a_row_holds_the_sums() -> None:
         "low": low,
         "high": high,
         "relative": 0.5,
+        "difference": None,
+        "difference_low": None,
+        "difference_high": None,
         "overlap": 0.5,
         "coverage": 0.75,
         "select_ms": 2.0,
         "accuracy: color": 0.5,
         "accuracy: count": 0.0,
     }
+
+
+def test_methods_are_compared_with_prism_by_pairs_of_pictures() -> None:
+    """One that is right more often by the same about every picture is so for certain."""
+    report = filled()
+    asked = [Question("color", "a?", "red"), Question("color", "a?", "blue"), Question("count", "b?", "2")]
+    kept = report.tallies["prism", 8].kept[0]
+    for marks in ([True, True, False], [True, False, True]):
+        report.tallies["random", 8].add(asked, marks, kept)
+        report.tallies["random", 4].add(asked, [marks[2], False, False], kept)
+        report.tallies["random", 16].add(asked, marks, kept)
+    rows = {(row["method"], row["budget"]): row for row in report.rows()}
+    even, varied = rows["random", 8], rows["random", 4]
+    assert (even["difference"], even["difference_low"], even["difference_high"]) == pytest.approx(
+        (1 / 3,) * 3
+    )
+    assert varied["difference"] == pytest.approx(-1 / 6)
+    assert varied["difference_low"] < -1 / 6 < varied["difference_high"]
+    assert [rows[setting]["difference"] for setting in (("none", "all"), ("random", 16))] == [None, None]
+    assert "+33.3 (+33.3 to +33.3)" in shown(report)
+
+
+def shown(report: Report) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(report.table())
+    return console.export_text()
+
+
+def test_the_interval_of_a_difference_holds_it_as_often_as_it_says() -> None:
+    """95 times of 100, with answers about one picture that agree, and pictures of unlike many questions."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(400):
+        asked = rng.integers(4, 12, 120)
+        bias = rng.normal(0.0, 0.15, 120)  # of a picture, the same for all of its questions
+        right, reference = rng.binomial(asked, np.clip(0.7 + bias, 0, 1)), rng.binomial(asked, 0.6)
+        _, low, high = paired_difference(right.tolist(), reference.tolist(), asked.tolist())
+        held += low <= 0.1 <= high
+    assert 0.91 * 400 <= held <= 0.98 * 400
+
+
+def test_one_picture_tells_nothing_of_a_difference() -> None:
+    """How much pictures differ cannot be seen in one."""
+    assert paired_difference([3], [1], [4]) == (0.5, -1.0, 1.0)
 
 
 def test_the_majority_goes_by_kind_or_by_wording() -> None:
@@ -375,9 +427,10 @@ def test_a_reader_of_ones_own_replaces_the_scores(vlm: PrunedVLM) -> None:
     class Upside(OneReading):
         def __init__(self, family: Any, media: Any) -> None:
             super().__init__(family, media)
-            self.readings = [
-                replace(one, attention=lambda one=one: 1 - one.attention()) for one in self.readings
-            ]
+            self.readings = [replace(one, attention=partial(upside, one)) for one in self.readings]
+
+    def upside(one: Reading) -> Tensor:
+        return 1 - one.attention()
 
     kept: list[tuple[int, ...]] = []
 
