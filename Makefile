@@ -34,7 +34,7 @@ check: $(VENV)/.dev ## ruff and mypy
 	$(BIN)/mypy
 
 bench: $(VENV)/.dev ## time selection, and the demo model at several token budgets, on this machine
-	$(BIN)/python benchmarks/selection.py
+	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.latency
 
 chaos: $(VENV)/.dev ## kill, freeze and overload a running service for an hour; writes docs/reliability.md

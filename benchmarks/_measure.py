@@ -1,29 +1,38 @@
-"""What the benchmarks share: turns, medians, the machine's name, memory."""
+"""What the benchmarks share: options and outputs, turns, medians, the machine's name, memory."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import torch
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
-    import argparse
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from torch import nn
 
 K = TypeVar("K")
 T = TypeVar("T")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What passes, and what this process computes: the latter where other work shares the cores."""
 MIB = 2**20
+OUTPUTS = {"json": "file for the results", "plot": "file for the plot, such as plot.png"}
+"""Options that name a file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,27 +95,86 @@ def software() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers")}
 
 
-def reset_peak_resident() -> None:
-    """Forget the peak so far (Linux only: see proc(5), clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
+def machine(*, on_cuda: bool) -> dict[str, str | int]:
+    """What a program of torch's was measured on."""
+    name = torch.cuda.get_device_name() if on_cuda else processor()
+    return {"processor": name, "threads": torch.get_num_threads(), **software()}
 
 
-def peak_resident() -> int:
-    """VmHWM, in bytes: the most that was resident since the last reset."""
+def listed(facts: Mapping[str, object]) -> str:
+    """Names and values on one line."""
+    return ", ".join(f"{name} {value}" for name, value in facts.items())
+
+
+def touch(model: nn.Module) -> None:
+    """Make the weights resident: they are mapped from a file, and read once somebody looks."""
+    for parameter in model.parameters():
+        parameter.data.any()
+
+
+def reset_peak(device: torch.device) -> None:
+    """Forget the peak so far (of resident memory on Linux alone: see proc(5), clear_refs)."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most that was allocated on CUDA, or resident elsewhere (VmHWM), since the last reset."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
-def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """The options that every benchmark has."""
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--plot", type=Path, help="file for the plot, such as plot.png")
+def apart(module: str, *argv: object) -> Any:
+    """What a script prints as JSON in a process of its own, where nothing else takes memory."""
+    command = [sys.executable, "-m", module, *map(str, argv)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)  # noqa: S603 (ours)
 
 
-def add_clock(parser: argparse.ArgumentParser) -> None:
-    """Of benchmarks that measure this process alone."""
-    told = "cpu: processor time, for a machine that has other work to do"
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=told)
+def options(about: str | None, *, rounds: int | None = None, clock: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options that the benchmarks share; `about` is the script's own docstring.
+
+    rounds: how many by default, where sides take turns and this process runs torch. clock: whether one may
+    choose what is counted, where this process alone is measured.
+    """
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds, help="measured, after one that is dropped")
+        add_threads(parser)
+    if clock:
+        told = "cpu: processor time, for a machine that has other work to do"
+        parser.add_argument("--clock", choices=CLOCKS, default="wall", help=told)
+    for output, told in OUTPUTS.items():
+        parser.add_argument(f"--{output}", type=Path, help=told)
+    return parser
+
+
+def add_threads(parser: argparse.ArgumentParser) -> None:
+    """The option that `torch.set_num_threads` takes."""
+    default = torch.get_num_threads()
+    parser.add_argument("--threads", type=int, default=default, help="torch's; default: its own choice")
+
+
+def publish(
+    asked: argparse.Namespace,
+    results: Mapping[str, Any],
+    table: str,
+    plot: Callable[[Path], None],
+    **facts: object,
+) -> None:
+    """Print the table, below the machine and what was asked; write the files that `options` let one name.
+
+    facts: what was not asked, and is told beside it.
+    """
+    about = {name: value for name, value in vars(asked).items() if name not in OUTPUTS} | facts
+    print(f"{processor()}; {listed(about)}\n\n{table}")
+    write_json(asked.json, about | dict(results))
+    if asked.plot:
+        plot(asked.plot)
 
 
 def write_json(file: Path | None, results: Mapping[str, Any]) -> None:
@@ -114,6 +182,18 @@ def write_json(file: Path | None, results: Mapping[str, Any]) -> None:
     if file is not None:
         head = {"processor": processor(), **software()}
         file.write_text(json.dumps(head | dict(results), indent=2) + "\n")
+
+
+@contextmanager
+def plotted(file: Path) -> Iterator[Axes]:
+    """Axes to draw on; at the end of the block they get a legend and are saved."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+
+    figure = Figure(layout="constrained")
+    axes = figure.subplots()
+    yield axes
+    axes.legend()
+    figure.savefig(file)
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -9,7 +9,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
     CLIPImageProcessor,
-    CLIPVisionConfig,
     GenerationConfig,
     LlamaConfig,
     LlavaConfig,
@@ -19,6 +18,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from benchmarks import published
+from benchmarks.published import VICUNA_7B, VICUNA_13B
 from prismprune import PrunedVLM
 from prismprune.families.llava import LlavaFamily
 from prismprune.loading import Loaded
@@ -28,11 +29,8 @@ if TYPE_CHECKING:
 
 SIDE, PATCH = 336, 14
 IMAGE_TOKEN_ID = 2
-LANGUAGE_MODELS: dict[str, dict[str, int]] = {
-    "llava-1.5-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
-    "llava-1.5-13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40},
-}
-LAYERS = {"llava-1.5-7b": 32, "llava-1.5-13b": 40}
+LANGUAGE_MODELS = {"llava-1.5-7b": VICUNA_7B, "llava-1.5-13b": VICUNA_13B}
+LAYERS = {name: LlamaConfig(**shape).num_hidden_layers for name, shape in LANGUAGE_MODELS.items()}
 """Of the whole models."""
 
 
@@ -66,17 +64,8 @@ def llava(name: str, layers: int, *, nf4: bool) -> PrunedVLM:
     Weights are random, in float32; of the language model's layers in NF4 where asked for. They are made one
     layer after the other, so that no more than one is ever held unquantised.
     """
-    tower = CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=SIDE,
-        patch_size=PATCH,
-    )
-    shape: dict[str, Any] = {"vocab_size": 32064, "num_hidden_layers": 1, **LANGUAGE_MODELS[name]}
-    text = LlamaConfig(**shape)
-    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=IMAGE_TOKEN_ID)
+    shape = LANGUAGE_MODELS[name] | {"num_hidden_layers": 1}
+    config = published.llava(LlavaConfig, published.clip_l(SIDE), shape, image_token_index=IMAGE_TOKEN_ID)
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config).eval()
     finish: Callable[[nn.Module], nn.Module] = quantized if nf4 else nn.Module.eval

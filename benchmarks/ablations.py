@@ -4,7 +4,7 @@ pool: how many times K_div the candidate pool holds (the paper's Table 4). share
 budget (its Table 6). start: the first diverse token. block: the tower's block whose attention is read; the
 features stay those of the block that feeds the projector.
 
-    python benchmarks/ablations.py --pictures 200 --budgets 64 32 --results ablations/
+    python -m benchmarks.ablations --pictures 200 --budgets 64 32 --results ablations/
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
 from rich.progress import track
 
+from benchmarks._measure import add_threads
 from prismprune import PrunedVLM
 from prismprune.demo.evaluate import SETTINGS, packed, subjects
 from prismprune.evaluation.compare import OneReading, compare
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from prismprune.evaluation.subjects import Subject
     from prismprune.families.base import Family
+    from prismprune.families.llava import LlavaFamily
     from prismprune.media import Clip, Picture
 
 VARIANTS: dict[str, list[str]] = {
@@ -43,8 +45,7 @@ BLOCK = "block"
 
 def main() -> None:
     arguments = parsed()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     arguments.results.mkdir(parents=True, exist_ok=True)
     bench = Bench(PrunedVLM.from_pretrained(arguments.model), arguments)
     for name in arguments.only:
@@ -64,7 +65,7 @@ def parsed() -> argparse.Namespace:
         "--blocks", type=int, nargs="+", help="counted from 0; default: all up to the used one"
     )
     parser.add_argument("--results", type=Path, required=True, help="folder of what is done, to resume from")
-    parser.add_argument("--threads", type=int, help="torch's threads; default: torch's own choice")
+    add_threads(parser)
     return parser.parse_args()
 
 
@@ -83,7 +84,7 @@ class Bench:
 
     def blocks(self) -> Report:
         """`prism` on the attention of other blocks."""
-        used: int = self.vlm._family._block  # noqa: SLF001  # no public name: only an ablation asks
+        used = cast("LlavaFamily", self.vlm._family)._block  # noqa: SLF001  # no public name: only an ablation asks
         report = self._run("unpruned", [UNPRUNED])
         tallies: dict[Setting, Tally] = dict(report.tallies)
         settings: list[Setting] = [("prism", k) for k in self.arguments.budgets]
@@ -113,7 +114,7 @@ class OtherAttention(OneReading):
 
     def __init__(self, family: Family, media: Picture | Clip, *, block: int) -> None:
         super().__init__(family, media)
-        other = copy.copy(family)
+        other = cast("LlavaFamily", copy.copy(family))
         other._block = block  # noqa: SLF001  # as above
         attention = [other.read(group).attention for group in self.pixels]
         self.readings = [

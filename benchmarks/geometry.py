@@ -14,34 +14,34 @@ The paper times whole answers of LLaVA-1.6-13B on a GPU, at the same shares of i
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from benchmarks._measure import (
     CLOCKS,
     MIB,
     Spread,
-    add_clock,
-    add_outputs,
     in_turns,
     markdown,
-    peak_resident,
+    options,
+    peak_bytes,
     picture,
-    processor,
+    plotted,
+    publish,
     ratios,
-    reset_peak_resident,
-    write_json,
+    reset_peak,
 )
 from benchmarks._models import LANGUAGE_MODELS, LAYERS, llava
 from prismprune import GenerationOptions, PrunedVLM
+from prismprune.meters import memory_bytes
 from prismprune.planning import decoder_flops
 from prismprune.session import Asked
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
@@ -78,8 +78,8 @@ class Prefilling:
 
     def __call__(self, number: int) -> Run:
         """About picture `number`."""
-        reset_peak_resident()
-        loaded = psutil.Process().memory_info().rss
+        reset_peak(self.vlm.device)
+        loaded = memory_bytes(self.vlm.device)
         began = self.clock()
         encoded = self.vlm.encode(picture(number), self.budget)
         session = self.vlm.session()
@@ -88,7 +88,7 @@ class Prefilling:
         until = self.clock()
         session.join([request])
         ended = self.clock()
-        peak = peak_resident() - loaded
+        peak = peak_bytes(self.vlm.device) - loaded
         while session.pending:
             session.step()
         answer = session.answers(request)[0]
@@ -106,28 +106,16 @@ def main() -> None:
         {budget: Prefilling(vlm, budget, CLOCKS[asked.clock]) for budget in budgets}, asked.rounds
     )
     rows = [row(budget, measured[budget], measured[ALL]) for budget in budgets]
-    whole = LAYERS[asked.model]
-    about = {"model": asked.model, "layers": asked.layers, "of_layers": whole, "rounds": asked.rounds}
-    about |= {"weights": "nf4" if asked.nf4 else "float32", "clock": asked.clock}
-    about |= {"resident_mib": vlm.memory_bytes() // MIB}
-    print(f"{processor()}, {asked.threads} threads; {about}\n\n{table(rows)}")
-    write_json(asked.json, about | {"rows": rows})
-    if asked.plot:
-        plot(rows, asked.plot)
+    facts = {"of_layers": LAYERS[asked.model], "resident_mib": vlm.memory_bytes() // MIB}
+    publish(asked, {"rows": rows}, table(rows), partial(plot, rows), **facts)
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, rounds=5, clock=True)
     parser.add_argument("--model", choices=LANGUAGE_MODELS, default="llava-1.5-7b")
     parser.add_argument("--layers", type=int, default=4, help="of the language model")
     parser.add_argument("--nf4", action="store_true", help="the language model's layers in NF4")
     parser.add_argument("--budgets", default="192,128,64", help="beside all")
-    parser.add_argument("--rounds", type=int, default=5, help="measured, after one that is dropped")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    add_clock(parser)
-    add_outputs(parser)
     return parser.parse_args()
 
 
@@ -181,20 +169,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """The ratios over the budgets."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    budgets = [one["budget"] for one in rows]
-    for name in ("prefill", "first_token", "peak_bytes"):
-        axes.plot(budgets, [one[name]["median"] for one in rows], marker="o", label=name.replace("_", " "))
-    axes.plot(budgets, [one["flops"] for one in rows], linestyle="--", label="prefill's FLOPs")
-    axes.plot(
-        budgets, [one["paper_total_time"] or float("nan") for one in rows], "s", label="paper: total time"
-    )
-    axes.set(xlabel="visual tokens", ylabel="times all 576", ylim=(0, None))
-    axes.legend()
-    figure.savefig(file)
+    with plotted(file) as axes:
+        budgets = [one["budget"] for one in rows]
+        for name in ("prefill", "first_token", "peak_bytes"):
+            axes.plot(
+                budgets, [one[name]["median"] for one in rows], marker="o", label=name.replace("_", " ")
+            )
+        axes.plot(budgets, [one["flops"] for one in rows], linestyle="--", label="prefill's FLOPs")
+        axes.plot(
+            budgets, [one["paper_total_time"] or float("nan") for one in rows], "s", label="paper: total time"
+        )
+        axes.set(xlabel="visual tokens", ylabel="times all 576", ylim=(0, None))
 
 
 if __name__ == "__main__":

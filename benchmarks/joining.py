@@ -11,7 +11,6 @@ each. An answer's end token is not heeded, so that all are of one length, and to
 
 from __future__ import annotations
 
-import argparse
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
@@ -23,20 +22,21 @@ import torch
 
 from benchmarks._measure import (
     Spread,
-    add_outputs,
     in_turns,
     markdown,
+    options,
     percentile,
     picture,
-    processor,
+    plotted,
+    publish,
     ratios,
-    write_json,
 )
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.loading import DEMO, load_checkpoint
 from worker.engine import Engine, Limits
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -122,26 +122,18 @@ def main() -> None:
     joining = Joining(vlm, TokenBudget.parse(asked.budget), asked.tokens, asked.arrivals)
     measured = in_turns({way: partial(joining.round, way) for way in WAYS}, asked.rounds)
     rows = [summary(way, measured[way], measured["between"]) for way in WAYS]
-    about = {name: getattr(asked, name) for name in ("model", "budget", "tokens", "arrivals", "rounds")}
-    about |= {"device": str(vlm.device), "threads": asked.threads}
-    print(f"{processor()}; {about}\n\n{table(rows)}")
-    write_json(asked.json, about | {"rows": rows})
-    if asked.plot:
-        plot(measured, asked.plot)
+    # `device` was perhaps "auto".
+    publish(asked, {"rows": rows}, table(rows), partial(plot, measured), device=str(vlm.device))
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--budget", default="64")
     parser.add_argument("--tokens", type=int, default=120, help="of the long answer")
     parser.add_argument("--arrivals", type=int, default=6, help="requests that join meanwhile")
-    parser.add_argument("--rounds", type=int, default=5, help="measured, after one that is dropped")
-    parser.add_argument("--threads", type=int, default=1, help="of each thread that computes")
-    add_outputs(parser)
+    parser.set_defaults(threads=1)
     return parser.parse_args()
 
 
@@ -183,15 +175,10 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(measured: dict[str, list[Round]], file: Path) -> None:
     """How many of the gaps are at most so long, a line a way."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for way, rounds in measured.items():
-        axes.ecdf([gap * 1e3 for one in rounds for gap in one.gaps], label=way)
-    axes.set(xlabel="ms from token to token while others join", ylabel="share", xlim=(0, None))
-    axes.legend()
-    figure.savefig(file)
+    with plotted(file) as axes:
+        for way, rounds in measured.items():
+            axes.ecdf([gap * 1e3 for one in rounds for gap in one.gaps], label=way)
+        axes.set(xlabel="ms from token to token while others join", ylabel="share", xlim=(0, None))
 
 
 if __name__ == "__main__":

@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-import psutil
 import torch
 import transformers
 from transformers import (
     AutoProcessor,
     Dinov2Config,
     GenerationConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
@@ -36,16 +32,21 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks._measure import (
     Spread,
+    add_threads,
+    apart,
     in_turns,
-    peak_resident,
+    listed,
+    machine,
+    peak_bytes,
     picture,
-    processor,
-    reset_peak_resident,
-    software,
+    reset_peak,
+    touch,
 )
 from benchmarks._models import IMAGE_TOKEN_ID, word_processor
+from benchmarks.published import llava
 from prismprune import PrunedVLM
 from prismprune.loading import DEMO, resolve
+from prismprune.meters import memory_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -134,8 +135,9 @@ class Unpruned:
     def __init__(self, path: str) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype)
-        self.model = model.to(device).eval()
+        # Any: transformers' types say that `to` takes a model.
+        model: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype).eval()
+        self.model = model.to(device)
         self.processor = AutoProcessor.from_pretrained(path)
         content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
         self.prompt = self.processor.apply_chat_template(
@@ -215,25 +217,20 @@ def measure(contenders: dict[str, Contender], rounds: int, max_new_tokens: int) 
 def peak_memory(path: str, name: str, max_new_tokens: int) -> dict[str, int]:
     """Bytes of a process that answers in one way only: with the model loaded, and at the highest after."""
     contender = load(path, [name])[name]
-    for parameter in contender.model.parameters():
-        parameter.sum()  # weights are mapped from the file, and resident only once they are touched
-    if torch.cuda.is_available():
-        loaded = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        loaded = psutil.Process().memory_info().rss
-        reset_peak_resident()
+    device = contender.model.device
+    touch(contender.model)
+    loaded = memory_bytes(device)
+    reset_peak(device)
     for number in range(2):
         contender.answer(picture(number), max_new_tokens)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
-    return {"loaded_bytes": loaded, "peak_bytes": peak}
+    return {"loaded_bytes": loaded, "peak_bytes": peak_bytes(device)}
 
 
 def peak_memory_apart(path: str, name: str, max_new_tokens: int) -> dict[str, int]:
-    command = [sys.executable, "-m", "benchmarks.latency", "--model", path, "--memory-of", name]
-    command += ["--max-new-tokens", str(max_new_tokens), "--threads", str(torch.get_num_threads())]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 (this very script)
-    memory: dict[str, int] = json.loads(done.stdout)
+    """The same of a process of its own."""
+    threads = torch.get_num_threads()
+    asked = ("--model", path, "--max-new-tokens", max_new_tokens, "--threads", threads)
+    memory: dict[str, int] = apart("benchmarks.latency", "--memory-of", name, *asked)
     return memory
 
 
@@ -242,19 +239,10 @@ def summary(runs: list[Run]) -> dict[str, dict[str, float]]:
     return {name: asdict(Spread.of(asdict(run)[name] for run in runs)) for name in asdict(runs[0])}
 
 
-def machine() -> dict[str, str | int]:
-    """What the numbers were measured on."""
-    return {
-        "processor": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
-        "threads": torch.get_num_threads(),
-        **software(),
-    }
-
-
 def report(results: dict[str, Any]) -> str:
     """A table: medians with quartiles, and how many times better than transformers alone."""
     base = results["configurations"][BASELINE]
-    lines = [", ".join(f"{key} {value}" for key, value in results["machine"].items())]
+    lines = [listed(results["machine"])]
     lines.append(
         f"{results['model']}, {results['rounds']} rounds, answers of up to {results['max_new_tokens']} tokens"
         "; median (quartiles), times faster than transformers"
@@ -277,22 +265,20 @@ def cell(measure: dict[str, float], base: dict[str, float]) -> str:
 
 def save_random(path: str) -> None:
     """A checkpoint of the demo's geometry with random weights: ViT-S/14 at 336 px, and a 135M Llama."""
-    text = LlamaConfig(
-        vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
-    )  # fmt: skip
-    vision = Dinov2Config(
+    text = {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    }
+    tower = Dinov2Config(
         hidden_size=384, num_hidden_layers=12, num_attention_heads=6, image_size=518, patch_size=14
     )
-    model = LlavaForConditionalGeneration(
-        LlavaConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=IMAGE_TOKEN_ID,
-            vision_feature_layer=-1,
-            tie_word_embeddings=True,
-        )
-    )
+    options = {"image_token_index": IMAGE_TOKEN_ID, "vision_feature_layer": -1, "tie_word_embeddings": True}
+    model = LlavaForConditionalGeneration(llava(LlavaConfig, tower, text, **options))
     model.generation_config = GenerationConfig(pad_token_id=0)
     model.save_pretrained(path)
     word_processor().save_pretrained(path)
@@ -302,7 +288,7 @@ def run(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
     names = [BASELINE, *arguments.budgets.split(",")]
     runs = measure(load(path, names), arguments.rounds, arguments.max_new_tokens)
     return {
-        "machine": machine(),
+        "machine": machine(on_cuda=torch.cuda.is_available()),
         "model": "random weights in the demo's geometry" if arguments.random else arguments.model,
         "rounds": arguments.rounds,
         "max_new_tokens": arguments.max_new_tokens,
@@ -320,7 +306,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--budgets", default="all,128,64,32", help="visual tokens, comma-separated")
     parser.add_argument("--rounds", type=int, default=10, help="measured rounds, after one that is dropped")
     parser.add_argument("--max-new-tokens", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
     return parser.parse_args()

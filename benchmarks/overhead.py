@@ -15,7 +15,6 @@ worker answers at once.
 
 from __future__ import annotations
 
-import argparse
 import io
 import tempfile
 import time
@@ -30,14 +29,14 @@ import torch
 
 from benchmarks._measure import (
     Spread,
-    add_outputs,
     in_turns,
     markdown,
+    options,
     percentile,
     picture,
-    processor,
+    plotted,
+    publish,
     ratios,
-    write_json,
 )
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.servers import Keeper
@@ -46,6 +45,7 @@ from prismprune.loading import DEMO
 from prismprune.vlm import visual_request
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
 QUESTION = "What color is the star?"
@@ -76,12 +76,12 @@ class Offline:
     """The library in this process."""
 
     vlm: PrunedVLM
-    options: dict[str, Any]
+    fields: dict[str, Any]
 
     def one(self, number: int) -> One:
         """About picture `number`."""
         data, began = jpeg(number), time.perf_counter()
-        answer = self.vlm.answer(data, QUESTION, **self.options)
+        answer = self.vlm.answer(data, QUESTION, **self.fields)
         return One(1e3 * (time.perf_counter() - began), answer.text)
 
     def together(self, numbers: Sequence[int]) -> Together:
@@ -89,7 +89,7 @@ class Offline:
         files, began, texts = list(map(jpeg, numbers)), time.perf_counter(), list[str]()
         for start in range(0, len(files), BATCH):
             own = files[start : start + BATCH]
-            batch = [visual_request(data, QUESTION, **self.options) for data in own]
+            batch = [visual_request(data, QUESTION, **self.fields) for data in own]
             texts += [answers[0].text for answers in self.vlm.answer_batch(batch)]
         return Together(len(files) / (time.perf_counter() - began), tuple(texts))
 
@@ -99,7 +99,7 @@ class Service:
     """The same by way of the front end."""
 
     http: httpx.Client
-    options: dict[str, Any]
+    fields: dict[str, Any]
 
     def one(self, number: int) -> One:
         """About picture `number`."""
@@ -118,8 +118,8 @@ class Service:
         return Together(len(files) / wall_s, tuple(body["answer"] for body in bodies))
 
     def _answer(self, data: bytes) -> dict[str, Any]:
-        fields = {"question": QUESTION, **{name: str(value) for name, value in self.options.items()}}
-        reply = self.http.post("/v1/answer", data=fields, files={"image": data})
+        form = {"question": QUESTION, **{name: str(value) for name, value in self.fields.items()}}
+        reply = self.http.post("/v1/answer", data=form, files={"image": data})
         reply.raise_for_status()
         body: dict[str, Any] = reply.json()
         return body
@@ -135,13 +135,13 @@ def jpeg(number: int) -> bytes:
 def main() -> None:
     asked = parsed()
     torch.set_num_threads(asked.threads)
-    options = {"token_budget": asked.budget, "max_new_tokens": asked.tokens}
+    fields = {"token_budget": asked.budget, "max_new_tokens": asked.tokens}
     logs = Path(tempfile.gettempdir()) / "prismprune-overhead"
     with tempfile.TemporaryDirectory() as scratch, Keeper(asked.threads, logs) as keeper:
         server = keeper.start(PrismPrune(asked.model, Path(scratch)))
-        offline = Offline(PrunedVLM.from_pretrained(asked.model), options)
+        offline = Offline(PrunedVLM.from_pretrained(asked.model), fields)
         with httpx.Client(base_url=server.url, timeout=600, trust_env=False) as http:
-            service = Service(http, options)
+            service = Service(http, fields)
             ones = alternating(offline, service, asked.requests * asked.rounds)
             sides: dict[str, Offline | Service] = {"offline": offline, "service": service}
             many = in_turns(
@@ -149,24 +149,15 @@ def main() -> None:
                 asked.rounds,
             )
     results = summary(ones, many)
-    about = {"model": asked.model, **options, "requests": asked.requests, "rounds": asked.rounds}
-    print(f"{processor()}, {asked.threads} threads; {about}\n\n{table(results)}")
-    write_json(asked.json, about | results)
-    if asked.plot:
-        plot(ones, asked.plot)
+    publish(asked, results, table(results), partial(plot, ones))
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, rounds=5)
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--budget", type=int, default=64)
     parser.add_argument("--requests", type=int, default=32, help="of each side in each round")
-    parser.add_argument("--rounds", type=int, default=5, help="measured, after one that is dropped")
     parser.add_argument("--tokens", type=int, default=4, help="of an answer, at most")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
-    add_outputs(parser)
     return parser.parse_args()
 
 
@@ -232,15 +223,10 @@ def table(results: dict[str, Any]) -> str:
 
 def plot(ones: dict[str, list[One]], file: Path) -> None:
     """The share of requests that took at most so long."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for name, own in ones.items():
-        axes.ecdf([one.ms for one in own], label=name)
-    axes.set(xlabel="ms of a request", ylabel="share of requests", xlim=(0, None))
-    axes.legend()
-    figure.savefig(file)
+    with plotted(file) as axes:
+        for name, own in ones.items():
+            axes.ecdf([one.ms for one in own], label=name)
+        axes.set(xlabel="ms of a request", ylabel="share of requests", xlim=(0, None))
 
 
 if __name__ == "__main__":

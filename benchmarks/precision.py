@@ -17,12 +17,10 @@ import ctypes
 import gc
 import json
 import statistics
-import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 import transformers
 from rich.box import SIMPLE_HEAD
@@ -30,12 +28,13 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.latency import machine, peak_resident, reset_peak_resident
+from benchmarks._measure import add_threads, apart, listed, machine, peak_bytes, reset_peak, touch
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.demo.evaluate import SCENES, subjects
 from prismprune.evaluation.compare import same_answer
 from prismprune.evaluation.measures import wilson
 from prismprune.loading import DEMO
+from prismprune.meters import memory_bytes
 from prismprune.planning import plan
 
 if TYPE_CHECKING:
@@ -120,27 +119,25 @@ def peak_memory(
 ) -> dict[str, Any]:
     """Bytes that one precision takes: once loaded, and at the highest while it answers at each budget."""
     vlm = load(model, precision, device)
-    for parameter in vlm.model.parameters():
-        parameter.data.any()  # weights are mapped from the file, and resident only once they are touched
+    touch(vlm.model)
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what loading freed goes back to Linux, or it would be counted
-    on_cuda = vlm.device.type == "cuda"
-    loaded = torch.cuda.memory_allocated() if on_cuda else psutil.Process().memory_info().rss
+    loaded = memory_bytes(vlm.device)
     peaks = {}
     for budget in sorted(budgets, key=lambda budget: int(budget) if budget.isdecimal() else sys.maxsize):
-        torch.cuda.reset_peak_memory_stats() if on_cuda else reset_peak_resident()
+        reset_peak(vlm.device)
         for _ in range(2):
             answers(vlm, subject, budget)
-        peaks[budget] = torch.cuda.max_memory_allocated() if on_cuda else peak_resident()
+        peaks[budget] = peak_bytes(vlm.device)
     return {"loaded_bytes": loaded, "peak_bytes": peaks}
 
 
 def peak_memory_apart(arguments: argparse.Namespace, precision: str, device: str) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.precision", "--memory-of", precision, "--devices", device]
-    for name in ("model", "budgets", "questions", "threads"):
-        command += [f"--{name}", str(getattr(arguments, name))]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE)  # noqa: S603 (this very script)
-    memory: dict[str, Any] = json.loads(done.stdout)
+    """The same of a process of its own."""
+    names = ("model", "budgets", "questions", "threads")
+    asked = [word for name in names for word in (f"--{name}", getattr(arguments, name))]
+    own = ("--memory-of", precision, "--devices", device)
+    memory: dict[str, Any] = apart("benchmarks.precision", *own, *asked)
     return memory
 
 
@@ -153,7 +150,7 @@ def scenes(arguments: argparse.Namespace) -> list[Subject]:
 def run(arguments: argparse.Namespace, devices: Sequence[str], budgets: Sequence[str]) -> dict[str, Any]:
     asked = scenes(arguments)
     return {
-        "machine": machine(),
+        "machine": machine(on_cuda=torch.cuda.is_available()),
         "model": arguments.model,
         "pictures": arguments.pictures,
         "weight_bytes": {name: weight_bytes(arguments.model, name) for name in PRECISIONS},
@@ -183,7 +180,7 @@ def report(results: dict[str, Any]) -> Table:
         *("precision", "tokens", "weights MB"),
         *(f"{device}\n{column}" for device in devices for column in COLUMNS),
         title=f"{results['model']}: {results['pictures']} pictures, {questions} questions",
-        caption=", ".join(f"{key} {value}" for key, value in results["machine"].items()),
+        caption=listed(results["machine"]),
         box=SIMPLE_HEAD,
     )
     for precision, own in answered.items():
@@ -221,7 +218,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--questions", type=int, default=10, help="about each of them, at most")
     parser.add_argument("--budgets", default="all,128,64,32", help="visual tokens, by commas; all among them")
     parser.add_argument("--devices", default="cpu,cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--memory-of", choices=PRECISIONS, help=argparse.SUPPRESS)  # how it calls itself
     arguments = parser.parse_args()

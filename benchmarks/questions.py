@@ -12,7 +12,6 @@ worker's own, without the queue. Greedy answers are the same in all five.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
@@ -23,20 +22,20 @@ import torch
 from benchmarks._measure import (
     CLOCKS,
     Spread,
-    add_clock,
-    add_outputs,
     in_turns,
     markdown,
+    options,
     picture,
-    processor,
+    plotted,
+    publish,
     ratios,
-    write_json,
 )
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.caching import EncodingCache
 from prismprune.loading import DEMO
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
@@ -96,32 +95,21 @@ def main() -> None:
     asked = parsed()
     torch.set_num_threads(asked.threads)
     vlm = PrunedVLM.from_pretrained(asked.model)
-    options = GenerationOptions(max_new_tokens=asked.tokens)
-    asking = Asking(vlm, TokenBudget.parse(asked.budget), options, CLOCKS[asked.clock])
+    generation = GenerationOptions(max_new_tokens=asked.tokens)
+    asking = Asking(vlm, TokenBudget.parse(asked.budget), generation, CLOCKS[asked.clock])
     kinds = list(product(asked.counts, WAYS))
     measured = in_turns({kind: partial(asking.seconds, *kind) for kind in kinds}, asked.rounds)
     one = measured[1, "no cache"]
     rows = [summary(*kind, measured[kind], one) for kind in kinds]
-    about = {"model": asked.model, "budget": asked.budget, "rounds": asked.rounds, "tokens": asked.tokens}
-    about |= {"clock": asked.clock}
-    print(f"{processor()}, {asked.threads} threads; {about}\n\n{table(rows)}")
-    write_json(asked.json, about | {"rows": rows})
-    if asked.plot:
-        plot(rows, asked.plot)
+    publish(asked, {"rows": rows}, table(rows), partial(plot, rows))
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, rounds=5, clock=True)
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--budget", default="64")
     parser.add_argument("--counts", type=_counts, default=(1, 2, 4, 8, 16))
-    parser.add_argument("--rounds", type=int, default=5, help="measured, after one that is dropped")
     parser.add_argument("--tokens", type=int, default=4, help="of an answer, at most")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    add_clock(parser)
-    add_outputs(parser)
     return parser.parse_args()
 
 
@@ -163,20 +151,15 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Time of all questions over their number, a line a way."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    for way in WAYS:
-        own = [row for row in rows if row["way"] == way]
-        axes.plot(
-            [row["questions"] for row in own], [row["of_one"]["median"] for row in own], "o-", label=way
+    with plotted(file) as axes:
+        for way in WAYS:
+            own = [row for row in rows if row["way"] == way]
+            axes.plot(
+                [row["questions"] for row in own], [row["of_one"]["median"] for row in own], "o-", label=way
+            )
+        axes.set(
+            xlabel="questions about one picture", ylabel="times one question", xlim=(0, None), ylim=(0, None)
         )
-    axes.set(
-        xlabel="questions about one picture", ylabel="times one question", xlim=(0, None), ylim=(0, None)
-    )
-    axes.legend()
-    figure.savefig(file)
 
 
 if __name__ == "__main__":

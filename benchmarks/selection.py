@@ -8,25 +8,25 @@ Public code asks the tower for `output_attentions`, which means eager attention 
 and selects crop by crop and token by token in Python. Here that is done by the same method, `prism`, on the
 same weights and pixels, and both keep the same tokens.
 
-    python benchmarks/selection.py --threads 1 --json
+    python -m benchmarks.selection --threads 1 --json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import threading
 import time
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionModel
 
+from benchmarks._measure import MIB, add_threads, listed, machine
+from benchmarks.published import clip_l
 from prismprune.attention import BlockReading, read_block
 from prismprune.meters import PeakMemory, memory_bytes
 from prismprune.selection import METHODS, select
@@ -36,20 +36,11 @@ if TYPE_CHECKING:
 
 CROPS, SIDE, BLOCK, HEADS = 5, 336, 22, 16
 BUDGETS = (640, 320, 160)  # the paper's, over the five crops
-GEOMETRY: dict[str, Any] = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": HEADS,
-    "image_size": SIDE,
-    "patch_size": 14,
-}
 
 
 def main() -> None:
     arguments = parsed()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
         result = measured(arguments.tower_repeats, arguments.repeats, torch.device(arguments.device))
     print(json.dumps(result, indent=2) if arguments.json else table(result))
@@ -63,9 +54,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--repeats", type=int, default=20, help="timed runs of the rest (one more is dropped)"
     )
-    parser.add_argument(
-        "--threads", type=int, default=None, help="torch's threads; default: torch's own choice"
-    )
+    add_threads(parser)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -73,7 +62,7 @@ def parsed() -> argparse.Namespace:
 
 def measured(tower_repeats: int, repeats: int, device: torch.device) -> dict[str, Any]:
     torch.manual_seed(0)
-    tower = CLIPVisionModel(CLIPVisionConfig(**GEOMETRY)).eval().to(device)
+    tower = CLIPVisionModel(clip_l(SIDE)).eval().to(device)
     pixels = torch.randn(CROPS, 3, SIDE, SIDE, device=device)
     tower_ms, reading = timed(lambda: read(tower, pixels), tower_repeats, device)
     scoring_ms, attention = timed(reading.cls_attention, repeats, device)
@@ -89,7 +78,7 @@ def measured(tower_repeats: int, repeats: int, device: torch.device) -> dict[str
             {"method": method, "kept": kept, "select_ms": spread(select_ms), "percent_of_tower": percent}
         )
     return {
-        "machine": machine(device),
+        "machine": machine(on_cuda=device.type == "cuda"),
         "tokens": features.shape[0] * features.shape[1],
         "attention_implementation": tower.config._attn_implementation,  # noqa: SLF001  # its only name
         "tower_ms": spread(tower_ms),
@@ -204,21 +193,9 @@ def spread(times: list[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "min": min(times), "max": max(times), "runs": len(times)}
 
 
-def machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
-    return f"{name}, threads: {torch.get_num_threads()}, torch {torch.__version__}, float32"
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")  # Linux alone says more here than `platform` knows
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{result['machine']}; attention: {result['attention_implementation']}",
+        f"{listed(result['machine'])}, float32; attention: {result['attention_implementation']}",
         f"{result['tokens']} tokens in {CROPS} crops; median (min to max) in milliseconds",
         "",
         f"tower, to block {BLOCK}   {in_words(result['tower_ms'])}",
@@ -237,7 +214,7 @@ def compared(found: dict[str, Any]) -> list[str]:
     names = {"plain": "plain tower, nothing pruned", "ours": "this library", "public": "as public code"}
     lines = [f"tower, scores and selection of {found['kept']} tokens by prism"]
     for key, name in names.items():
-        memory = found[key]["added_bytes"] / 2**20
+        memory = found[key]["added_bytes"] / MIB
         lines.append(f"{name:<28}{in_words(found[key])}, {memory:.0f} MiB more at its peak")
     lines.append(
         f"this library takes {found['ours_of_plain']:.3f} of the plain tower's time; "

@@ -12,7 +12,6 @@ stage takes beyond these is everything that is no linear layer: attention, norms
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -23,22 +22,14 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from benchmarks._measure import (
-    Spread,
-    add_outputs,
-    in_turns,
-    markdown,
-    picture,
-    processor,
-    ratios,
-    write_json,
-)
+from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.loading import DEMO
 from prismprune.planning import stage_flops
 from prismprune.session import Asked
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
@@ -102,8 +93,7 @@ class Answering:
         encoded = self.vlm.encode(picture(number), self.budget)
         self._keep("vision", noted)
         session = self.vlm.session()
-        options = GenerationOptions(max_new_tokens=TOKENS)
-        request = session.prepare(Asked(encoded, (QUESTION,), options))
+        request = session.prepare(Asked(encoded, (QUESTION,), GenerationOptions(max_new_tokens=TOKENS)))
         prefill = seconds(partial(session.join, [request]))
         self._keep("prefill", noted)
         session.step()  # chooses the first token
@@ -171,22 +161,13 @@ def main() -> None:
     sides = {budget: Answering(vlm, budget) for budget in asked.budgets.split(",")}
     measured = in_turns(sides, asked.rounds)
     rows = [row for name, side in sides.items() for row in rows_of(side, measured[name])]
-    print(f"{processor()}, {asked.threads} threads; {asked.model}, float32, {asked.rounds} rounds\n")
-    print(table(rows))
-    write_json(asked.json, {"model": asked.model, "rounds": asked.rounds, "rows": rows})
-    if asked.plot:
-        plot(rows, asked.plot)
+    publish(asked, {"rows": rows}, table(rows), partial(plot, rows), dtype="float32")
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__, rounds=10)
     parser.add_argument("--model", default=DEMO, help="in LLaVA's shape")
     parser.add_argument("--budgets", default="all,128,64,32")
-    parser.add_argument("--rounds", type=int, default=10, help="measured, after one that is dropped")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    add_outputs(parser)
     return parser.parse_args()
 
 
@@ -245,19 +226,14 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """How many times its limit each stage takes, a group a budget; the limit is the line at 1."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-
-    figure = Figure(layout="constrained")
-    axes = figure.subplots()
-    budgets = list(dict.fromkeys(row["budget"] for row in rows))
-    for place, stage in enumerate(STAGES):
-        own = [row["of_limit"]["median"] for row in rows if row["stage"] == stage]
-        axes.bar([number + 0.25 * place for number in range(len(budgets))], own, 0.25, label=stage)
-    axes.axhline(1, color="black", linewidth=0.8)
-    axes.set(ylabel="times the arithmetic limit", xlabel="visual tokens", yscale="log")
-    axes.set_xticks([number + 0.25 for number in range(len(budgets))], budgets)
-    axes.legend()
-    figure.savefig(file)
+    with plotted(file) as axes:
+        budgets = list(dict.fromkeys(row["budget"] for row in rows))
+        for place, stage in enumerate(STAGES):
+            own = [row["of_limit"]["median"] for row in rows if row["stage"] == stage]
+            axes.bar([number + 0.25 * place for number in range(len(budgets))], own, 0.25, label=stage)
+        axes.axhline(1, color="black", linewidth=0.8)
+        axes.set(ylabel="times the arithmetic limit", xlabel="visual tokens", yscale="log")
+        axes.set_xticks([number + 0.25 for number in range(len(budgets))], budgets)
 
 
 if __name__ == "__main__":

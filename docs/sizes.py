@@ -10,15 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaNextConfig,
-    Qwen2_5_VLConfig,
-    VideoLlavaConfig,
-)
+from transformers import LlavaConfig, LlavaNextConfig, Qwen2_5_VLConfig, VideoLlavaConfig
 
+from benchmarks.published import QWEN_7B, QWEN_TOWER, VICUNA_7B, VICUNA_13B, clip_l, llava
 from prismprune.planning import plan
 from worker.settings import WorkerSettings
 
@@ -37,36 +31,6 @@ TEXT_TOKENS = 128
 BATCH: int = WorkerSettings.model_fields["max_batch"].default
 MIB, GIB = 2**20, 2**30
 
-VICUNA_7B = {"vocab_size": 32064}
-"""The rest is what `LlamaConfig` has by default."""
-VICUNA_13B = VICUNA_7B | {
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-}
-QWEN_7B = {
-    "vocab_size": 152064,
-    "hidden_size": 3584,
-    "intermediate_size": 18944,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-}
-QWEN_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
-
-
-def clip_l(image_size: int) -> CLIPVisionConfig:
-    """CLIP ViT-L/14."""
-    return CLIPVisionConfig(
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        image_size=image_size,
-        patch_size=14,
-    )
-
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
@@ -77,17 +41,12 @@ class Checkpoint:
     budgets: tuple[int, int]
 
 
-def llava(kind: type[PreTrainedConfig], text: dict[str, int], image_size: int = 336) -> PreTrainedConfig:
-    """A config of one of LLaVA's kin."""
-    return kind(vision_config=clip_l(image_size), text_config=LlamaConfig(**text))
-
-
 CHECKPOINTS = (
-    Checkpoint("LLaVA-1.5-7B", llava(LlavaConfig, VICUNA_7B), (64, 192)),
-    Checkpoint("LLaVA-1.5-13B", llava(LlavaConfig, VICUNA_13B), (64, 192)),
-    Checkpoint("LLaVA-NeXT-7B", llava(LlavaNextConfig, VICUNA_7B), (160, 640)),
-    Checkpoint("LLaVA-NeXT-13B", llava(LlavaNextConfig, VICUNA_13B), (160, 640)),
-    Checkpoint("Video-LLaVA-7B", llava(VideoLlavaConfig, VICUNA_7B, 224), (136, 512)),
+    Checkpoint("LLaVA-1.5-7B", llava(LlavaConfig, clip_l(), VICUNA_7B), (64, 192)),
+    Checkpoint("LLaVA-1.5-13B", llava(LlavaConfig, clip_l(), VICUNA_13B), (64, 192)),
+    Checkpoint("LLaVA-NeXT-7B", llava(LlavaNextConfig, clip_l(), VICUNA_7B), (160, 640)),
+    Checkpoint("LLaVA-NeXT-13B", llava(LlavaNextConfig, clip_l(), VICUNA_13B), (160, 640)),
+    Checkpoint("Video-LLaVA-7B", llava(VideoLlavaConfig, clip_l(224), VICUNA_7B), (136, 512)),
     Checkpoint("Qwen2.5-VL-7B", Qwen2_5_VLConfig(text_config=QWEN_7B, vision_config=QWEN_TOWER), (64, 192)),
 )
 

@@ -12,28 +12,30 @@ import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import matplotlib as mpl
 from matplotlib import pyplot as plt
-from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
+from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import EngFormatter, FuncFormatter, MultipleLocator, PercentFormatter
 
-from monitoring.dashboards import Dashboard, Panel, all_dashboards
+from monitoring.panels import Dashboard, Panel, all_dashboards
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Formatter
+    from matplotlib.typing import RcKeyType
 
 COLUMNS = 2
 POINTS = 240
 KIB = 1024
 LEGEND_CHARACTERS = 96
 """As many are as wide as a panel."""
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "axes.grid": True,
-    "axes.prop_cycle": mpl.cycler(color=mpl.colormaps["tab10"].colors),
+    "axes.prop_cycle": cycler(color=mpl.color_sequences["tab10"]),
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
@@ -105,10 +107,10 @@ def _draw_panel(axis: Axes, panel: Panel, series: list[Series]) -> None:
         times = sorted({at for each in series for at in each.times})
         known = [dict(zip(each.times, each.values, strict=True)) for each in series]
         layers = [[_number(values.get(at, 0.0)) for at in times] for values in known]
-        axis.stackplot(times, layers, labels=[each.name for each in series], alpha=0.75)
+        axis.stackplot(date2num(times), layers, labels=[each.name for each in series], alpha=0.75)
     else:
         for each in series:
-            axis.plot(each.times, each.values, label=each.name, linewidth=1.4)
+            axis.plot(date2num(each.times), each.values, label=each.name, linewidth=1.4)
     axis.set_ylim(bottom=0)
     axis.yaxis.set_major_formatter(_formatter(panel.unit))
     if panel.unit == "bytes":  # round numbers of KiB, MiB, GiB
@@ -118,13 +120,13 @@ def _draw_panel(axis: Axes, panel: Panel, series: list[Series]) -> None:
     axis.xaxis.set_major_formatter(ConciseDateFormatter(locator, show_offset=False))
     if series:
         columns = LEGEND_CHARACTERS // (6 + max(len(each.name) for each in series))
-        place = {"loc": "upper left", "bbox_to_anchor": (0, -0.1)}
-        axis.legend(**place, ncols=min(4, max(1, columns)), handlelength=1)
+        ncols = min(4, max(1, columns))
+        axis.legend(loc="upper left", bbox_to_anchor=(0, -0.1), ncols=ncols, handlelength=1)
 
 
 def _number(value: float) -> float:
     """A stack cannot hold what is not a number."""
-    return value if value == value else 0.0  # noqa: PLR0124 - NaN alone differs from itself
+    return 0.0 if math.isnan(value) else value
 
 
 def _formatter(unit: str) -> Formatter:

@@ -11,7 +11,7 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from service import answer, chat, errors, events, health, metrics, models, openapi, uploads
+from service import VERSION, answer, chat, errors, events, health, metrics_page, models, openapi, uploads
 from service.admission import Admission
 from service.broker import Durability
 from service.context import Context
@@ -58,13 +58,13 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with (
             _context(settings, counted, tracing) as app.state.context,
-            metrics.serving(app.state.context),
+            metrics_page.serving(app.state.context),
         ):
             yield
 
     app = FastAPIOffline(  # FastAPI's own /docs takes its scripts from another host, and is blank without it
         title="PrismPrune",
-        version=health.VERSION,
+        version=VERSION,
         description=DESCRIPTION,
         lifespan=lifespan,
         redoc_url=None,
@@ -82,7 +82,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     for router in (answer.router, events.router, chat.router, models.router, uploads.router, health.router):
         app.include_router(router)
     if not settings.metrics_port:
-        app.include_router(metrics.router)
+        app.include_router(metrics_page.router)
     openapi.install(app, guarded=bool(settings.key_lines))
     return app
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import platform
 from http import HTTPStatus
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import JSONResponse
 
+from service import VERSION
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import BrokerAwayError
 from service.openapi import RETRY, problems
@@ -18,7 +18,6 @@ from service.openapi import RETRY, problems
 if TYPE_CHECKING:
     from service.context import Context
 
-VERSION = version("prismprune")
 LOOK_AGAIN_S = 5
 """`Retry-After` of `/healthz`: a worker reports this often."""
 router = APIRouter(tags=["operations"])

@@ -75,7 +75,7 @@ class JobSignals:
 
     async def _read(self) -> None:
         """A bare connection: redis-py's `PubSub` would let reader and subscribers reconnect it at once."""
-        connection = await self._redis.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        connection = await self._redis.connection_pool.get_connection()
         try:
             self._connection = connection
             await self._send("SUBSCRIBE", _IDLE_CHANNEL, *self._waiting)

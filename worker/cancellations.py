@@ -50,7 +50,7 @@ class Cancellations:
 
     def _listen(self) -> None:
         """Over one connection: a new one for each failure, so that it is certain to be subscribed."""
-        with self._redis.pubsub(ignore_subscribe_messages=True) as channel:  # type: ignore[no-untyped-call]
+        with self._redis.pubsub(ignore_subscribe_messages=True) as channel:
             channel.subscribe(CANCEL_CHANNEL)
             while not self._over.is_set():
                 if message := channel.get_message(timeout=LISTEN_S):

@@ -14,7 +14,6 @@ What vLLM and LitServe need is installed once, in environments below --cache (vL
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import operator
 import os
@@ -26,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks._measure import add_outputs, processor, write_json
+from benchmarks._measure import options, processor, write_json
 from benchmarks.serving.asking import Contender, closed_loop, open_loop, questions
 from benchmarks.serving.checkpoint import checkpoint
 from benchmarks.serving.report import Load, Row, plot, rows, table
@@ -39,6 +38,7 @@ from benchmarks.serving.servers import Keeper
 from prismprune.settings import LibrarySettings
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Callable, Sequence
 
     from benchmarks.serving.asking import Round
@@ -77,9 +77,7 @@ def _head(asked: argparse.Namespace) -> str:
 
 
 def parsed() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = options(__doc__)
     add = parser.add_argument
     add("--rivals", type=_names, default=RIVALS, help=f"of {','.join(RIVALS)}")
     add("--budgets", type=_names, default=("all", "128", "64", "32"), help="of this service")
@@ -95,7 +93,6 @@ def parsed() -> argparse.Namespace:
     add("--vllm-python", type=Path, help="of an environment that has vLLM already")
     add("--litserve-python", type=Path, help="of one that has LitServe, torch and transformers")
     add("--logs", type=Path, default=Path(tempfile.gettempdir()) / "prismprune-serving")
-    add_outputs(parser)
     return parser.parse_args()
 
 

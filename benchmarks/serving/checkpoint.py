@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.published import clip, llava
 from prismprune.demo.assemble import IMAGE_SIZE, IMAGE_TOKEN, PATCH_SIZE, build_processor, language_part
 
 if TYPE_CHECKING:
@@ -79,23 +80,16 @@ def build(seed: int = 0) -> tuple[LlavaForConditionalGeneration, Any]:
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN], "eos_token": END_TOKEN})
     image, end = map(tokenizer.convert_tokens_to_ids, (IMAGE_TOKEN, END_TOKEN))
     language.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    tower = CLIPVisionConfig(
-        hidden_size=384,
-        intermediate_size=1536,
-        num_hidden_layers=12,
-        num_attention_heads=6,
-        image_size=IMAGE_SIZE,
-        patch_size=PATCH_SIZE,
-    )
     text = {key: value for key, value in language.config.to_dict().items() if "name_or_path" not in key} | {
         "vocab_size": len(tokenizer),
         "eos_token_id": end,
         "max_position_embeddings": MAX_POSITIONS,
     }
-    config = LlavaConfig(
-        vision_config=tower.to_dict(),
-        text_config=text,
-        image_token_id=image,
+    config = llava(
+        LlavaConfig,
+        clip(384, 12, 6, IMAGE_SIZE),
+        text,
+        image_token_index=image,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         image_seq_length=VISUAL_TOKENS,

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks._measure import markdown, percentile
+from benchmarks._measure import MIB, markdown, percentile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 BASELINES = ("vllm", "transformers serve", "litserve")
 """Ratios are to the first of these that took part."""
 WAYS = {"closed": "clients", "open": "requests/s arriving"}
-MIB = 2**20
 
 
 @dataclass(frozen=True)

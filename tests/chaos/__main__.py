@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -144,9 +145,16 @@ class _Witness:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "call" or report.failed:
-            broken = "" if report.passed else report.longrepr.reprcrash.message.splitlines()[0]
             promise = MALFORMED[report.location[2]]
-            self._lines.add(Line(promise, dict(report.user_properties), report.duration, broken))
+            self._lines.add(Line(promise, dict(report.user_properties), report.duration, _broken(report)))
+
+
+def _broken(report: pytest.TestReport) -> str:
+    """The first line of what went wrong; none of a test that passed."""
+    if report.passed:
+        return ""
+    told = re.search(r"^E +(.+)$", report.longreprtext, re.MULTILINE)
+    return told[1] if told else report.longreprtext.splitlines()[-1]
 
 
 _SIZES = ("workers", "jobs", "killing_s", "outage_s", "long_s", "load_s")

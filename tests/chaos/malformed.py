@@ -56,6 +56,7 @@ def _clip(container: str, codec: str) -> bytes:
     buffer, rng = io.BytesIO(), np.random.default_rng(0)
     with av.open(buffer, "w", format=container) as output:
         stream = output.add_stream(codec, rate=Fraction(5))
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         for _ in range(FRAMES):
             pixels = rng.integers(0, 255, (SIZE[1], SIZE[0], 3), dtype=np.uint8)

@@ -37,11 +37,12 @@ from tests.chaos.stack import (
     STALL_S,
     WARM_S,
     asking,
-    data_uri,
     read,
     submit,
     wait_until,
 )
+from tests.replies import entries
+from tests.service.conftest import data_uri
 from worker.contract import DEAD_LETTERS_KEY, events_key, open_jobs_key, queue_name
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ def ended(client: httpx.Client, job_id: str) -> dict[str, Any]:
 
 def _one_end(stack: Stack, job_id: str) -> None:
     """A job's stream tells of one end, and nothing after it."""
-    names = [entry["event"] for _, entry in stack.redis.xrange(events_key(job_id))]
+    names = [entry["event"] for entry in entries(stack.redis, events_key(job_id))]
     assert sum(name in ENDS for name in names) == 1, names
     assert names[-1] in ENDS, names
 
@@ -336,7 +337,7 @@ def poison(stack: Stack, _scale: Scale) -> Finding:
         jobs = [ended(client, job_id) for job_id in ids]
     took_s = time.time() - began
     bad = jobs.pop(7)
-    letters = [json.loads(entry["job"])["id"] for _, entry in stack.redis.xrange(DEAD_LETTERS_KEY)]
+    letters = [json.loads(entry["job"])["id"] for entry in entries(stack.redis, DEAD_LETTERS_KEY)]
     assert (bad["state"], bad["attempts"]) == ("failed", 3)
     assert bad["error"]["type"].endswith("/dead-lettered")
     assert letters == [bad["id"]]

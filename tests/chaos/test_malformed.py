@@ -18,24 +18,26 @@ import pytest
 from prismprune.errors import PrismError
 from prismprune.media import DEFAULT_LIMITS
 from tests.chaos import malformed
+from tests.replies import state
 from tests.service.conftest import StandInWorker, serving
 from worker.answering import decode
-from worker.contract import JobState, Problem
 from worker.errors import problem
 from worker.store import MediaStore
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
     from pathlib import Path
 
     import httpx
-    from kombu import Message
+    from kombu.message import Message
     from redis import Redis
 
-    from service.settings import ServiceSettings
-    from worker.contract import AnswerJob
+    from tests.service.conftest import MakeSettings
+    from worker.contract import AnswerJob, Problem
 
     Note = Callable[[str, object], None]
+    Case = Callable[[random.Random], dict[str, Any]]
+    Answered = Callable[[str, Case], Awaitable[Counter[int]]]
 
 AT_ONCE = 8
 WITHIN_S = 60
@@ -75,17 +77,12 @@ def scale(request: pytest.FixtureRequest) -> dict[str, int]:
 
 @pytest.fixture
 def decoder(broker_url: str, media_directory: Path) -> Iterator[Decoder]:
-    stand_in = Decoder(broker_url, media_directory)
-    stand_in.beat()
-    stand_in.start()
-    yield stand_in
-    stand_in.stop()
+    with Decoder(broker_url, media_directory) as stand_in:
+        yield stand_in
 
 
 @pytest.fixture
-async def client(
-    make_settings: Callable[..., ServiceSettings], decoder: Decoder
-) -> AsyncIterator[httpx.AsyncClient]:
+async def client(make_settings: MakeSettings, decoder: Decoder) -> AsyncIterator[httpx.AsyncClient]:
     """Its workers' grace is long: the stand-in beats once."""
     async with serving(make_settings(worker_grace_s=24 * 3600)) as front_end:
         yield front_end
@@ -97,12 +94,7 @@ def note(request: pytest.FixtureRequest) -> Note:
     return lambda name, value: request.node.user_properties.append((name, value))
 
 
-async def run(
-    client: httpx.AsyncClient,
-    count: int,
-    case: Callable[[random.Random], dict[str, Any]],
-    note: Note,
-) -> Counter[int]:
+async def run(client: httpx.AsyncClient, count: int, case: Case, note: Note) -> Counter[int]:
     """Sends `count` cases, some at once; their statuses. Memory may not grow after a third of them."""
     process, numbers = psutil.Process(), iter(range(count))
     statuses, settled, slowest_s = Counter[int](), [0], [0.0]
@@ -131,70 +123,56 @@ async def run(
 
 
 async def ended(redis: Redis, decoder: Decoder) -> None:
-    """Every job that was accepted has exactly one state, a terminal one."""
-    expected = set(decoder.ids)
-    keys = list(redis.scan_iter("prism:job:*", count=1000, _type="hash"))
-    for _ in range(500):
-        states = Counter(redis.hget(key, "state") for key in keys)
-        if all(JobState(state).terminal for state in states):
-            break
-        await asyncio.sleep(0.02)
-    assert all(JobState(state).terminal for state in states), states
-    assert {key.removeprefix("prism:job:") for key in keys} >= expected
-    assert len(expected) == len(decoder.ids)
+    """Every job that was accepted has a terminal state, and none was taken twice."""
+    ids = {str(key).removeprefix("prism:job:") for key in redis.scan_iter("prism:job:*", 1000, _type="hash")}
+    async with asyncio.timeout(WITHIN_S):
+        while not all(state(redis, job_id).terminal for job_id in ids):  # noqa: ASYNC110 -- it is Redis' state
+            await asyncio.sleep(0.02)
+    assert decoder.ids
+    assert ids >= set(decoder.ids)
+    assert len(set(decoder.ids)) == len(decoder.ids)
+
+
+@pytest.fixture
+def answered(
+    client: httpx.AsyncClient, decoder: Decoder, redis: Redis, scale: dict[str, int], note: Note
+) -> Answered:
+    """Sends as many cases as the scale has of their kind; their statuses, once every job has ended."""
+
+    async def send(kind: str, case: Case) -> Counter[int]:
+        statuses = await run(client, scale[kind], case, note)
+        await ended(redis, decoder)
+        return statuses
+
+    return send
+
+
+def post(body: dict[str, Any]) -> dict[str, Any]:
+    return {"method": "POST", "url": "/v1/answer", "json": body}
 
 
 @pytest.mark.timeout(7200)
-async def test_broken_pictures(
-    client: httpx.AsyncClient,
-    decoder: Decoder,
-    redis: Redis,
-    scale: dict[str, int],
-    note: Note,
-) -> None:
+async def test_broken_pictures(answered: Answered) -> None:
     """Refused at the door, failed by the worker, or answered: some of each."""
     goods = malformed.pictures()
-
-    def case(rng: random.Random) -> dict[str, Any]:
-        body = malformed.with_picture(malformed.broken(goods, rng))
-        return {"method": "POST", "url": "/v1/answer", "json": body}
-
-    statuses = await run(client, scale["pictures"], case, note)
-    await ended(redis, decoder)
+    statuses = await answered(
+        "pictures", lambda rng: post(malformed.with_picture(malformed.broken(goods, rng)))
+    )
     assert set(statuses) <= {200, 413, 415, 422}
     assert min(statuses[200], statuses[415], statuses[422]) > 0
 
 
 @pytest.mark.timeout(14400)
-async def test_broken_videos(
-    client: httpx.AsyncClient,
-    decoder: Decoder,
-    redis: Redis,
-    scale: dict[str, int],
-    note: Note,
-) -> None:
+async def test_broken_videos(answered: Answered) -> None:
     """Each is decoded in a process of its own, whose end costs that job alone."""
     goods = malformed.videos()
-
-    def case(rng: random.Random) -> dict[str, Any]:
-        body = malformed.with_video(malformed.broken(goods, rng))
-        return {"method": "POST", "url": "/v1/answer", "json": body}
-
-    statuses = await run(client, scale["videos"], case, note)
-    await ended(redis, decoder)
+    statuses = await answered("videos", lambda rng: post(malformed.with_video(malformed.broken(goods, rng))))
     assert set(statuses) <= {200, 413, 415, 422}
     assert statuses[422] > 0
 
 
 @pytest.mark.timeout(7200)
-async def test_broken_requests(
-    client: httpx.AsyncClient,
-    decoder: Decoder,
-    redis: Redis,
-    scale: dict[str, int],
-    note: Note,
-) -> None:
+async def test_broken_requests(answered: Answered) -> None:
     """Whatever the route, the headers and the fields: a refusal of the caller's, or an answer."""
-    statuses = await run(client, scale["requests"], malformed.request, note)
-    await ended(redis, decoder)
+    statuses = await answered("requests", malformed.request)
     assert {202, 400, 404, 405, 415, 422} <= set(statuses)

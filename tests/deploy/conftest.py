@@ -15,41 +15,40 @@ import promql_parser as promql
 import pytest
 import yaml
 from prometheus_client import Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
 from prismprune.settings import LibrarySettings
 from service.metrics import Metrics
 from service.settings import ServiceSettings
+from tests.present import present
 from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from pydantic_settings import BaseSettings
+    Compose = Callable[..., dict[str, Any]]
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = ("cpu-demo", "gpu")
-SETTINGS: dict[str, tuple[type[BaseSettings], ...]] = {
-    "service": (ServiceSettings,),
-    "worker": (WorkerSettings, LibrarySettings),
-}
+Settings = ServiceSettings | WorkerSettings
+SETTINGS: dict[str, type[Settings]] = {"service": ServiceSettings, "worker": WorkerSettings}
 TARGET_LABELS = frozenset(("job", "instance"))
 """What Prometheus itself adds to every series."""
 Document = dict[str, Any]
 
 
 def variables(component: str) -> set[str]:
-    """The environment names that `service` or `worker` has."""
-    return {f"PRISM_{field.upper()}" for each in SETTINGS[component] for field in each.model_fields}
+    """The environment names that `service` or `worker` has; the worker's are the library's too."""
+    library = LibrarySettings.model_fields if component == "worker" else ()
+    return {f"PRISM_{field.upper()}" for field in (*SETTINGS[component].model_fields, *library)}
 
 
-def accepted(component: str, environment: dict[str, str], **more: str) -> BaseSettings:
+def accepted(component: str, environment: dict[str, str]) -> Settings:
     """The settings that a container with `environment` runs with; raises where it would not start."""
-    settings = SETTINGS[component][0]
-    named = {name.removeprefix("PRISM_").lower(): value for name, value in (environment | more).items()}
-    return settings(
-        **{name: value for name, value in named.items() if name in settings.model_fields and value}
-    )
+    settings = SETTINGS[component]
+    told: dict[str, Any] = {name.removeprefix("PRISM_").lower(): each for name, each in environment.items()}
+    return settings(**{name: each for name, each in told.items() if name in settings.model_fields and each})
 
 
 def program(name: str) -> str:
@@ -86,6 +85,7 @@ def exported() -> dict[str, frozenset[str]]:
     found: dict[str, frozenset[str]] = {}
     for registry in (Metrics().registry, WorkerMetrics("any").registry):
         for collector, names in registry._collector_to_names.items():
+            assert isinstance(collector, MetricWrapperBase)
             labels = frozenset(collector._labelnames)
             for name in names:
                 bucket = {"le"} if isinstance(collector, Histogram) and name.endswith("_bucket") else set()
@@ -119,7 +119,7 @@ def selectors(query: str) -> list[Selector]:
     """Every metric of `query`; raises ValueError where it is not PromQL."""
     return [
         Selector(
-            node.name,
+            present(node.name),
             frozenset(each.name for each in node.matchers.matchers),
             {each.name: each.value for each in node.matchers.matchers},
         )
@@ -164,7 +164,7 @@ def substituted(node: Any, environment: dict[str, str]) -> Any:
 
 
 @pytest.fixture
-def compose() -> Callable[..., Document]:
+def compose() -> Compose:
     """Reads compose files: the later ones' services over the earlier ones', as far as these files need it."""
 
     def read(*names: str, **environment: str) -> Document:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import yaml
 
+from service.settings import ServiceSettings
 from tests.deploy.conftest import ROOT, Document, accepted, variables
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Compose = Callable[..., Document]
+    from tests.deploy.conftest import Compose
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 OURS = ("service", "worker")
@@ -66,7 +65,9 @@ def test_the_images_start_without_a_shell() -> None:
 def test_the_images_are_built_from_the_lock() -> None:
     """What is installed, but for the build's own tools, is held to constraints.txt or comes alone."""
     for name in ("build-service", "build-worker"):
-        for line in re.findall(r"pip install (.+)$", stage(name), re.MULTILINE):
+        lines = re.findall(r"pip install (.+)$", stage(name), re.MULTILINE)
+        assert lines
+        for line in lines:
             assert "--constraint constraints.txt" in line or "--no-deps" in line
 
 
@@ -121,12 +122,11 @@ def test_every_container_is_hardened_and_limited(compose: Compose) -> None:
 def test_the_environment_names_settings_that_exist_and_accept_it(compose: Compose) -> None:
     """With nothing set by the user, and with a model on a GPU."""
     for services in (compose(), compose(*GPU, PRISM_MODEL="llava-hf/llava-1.5-7b-hf")):
-        both: list[Any] = [accepted(name, told(services[name], name)) for name in OURS]
+        front_end, worker = (accepted(name, told(services[name], name)) for name in OURS)
         for name in OURS:
             assert {key for key in services[name]["environment"] if key.startswith("PRISM_")} <= variables(
                 name
             )
-        front_end, worker = both
         assert front_end.broker_url == worker.broker_url
         assert front_end.media_url == worker.media_url
         assert front_end.model == worker.model
@@ -135,7 +135,7 @@ def test_the_environment_names_settings_that_exist_and_accept_it(compose: Compos
 def test_front_end_and_worker_share_the_media(compose: Compose) -> None:
     """One volume under the store's directory; the worker only reads."""
     services = compose()
-    settings: Any = accepted("service", told(services["service"], "service"))
+    settings = accepted("service", told(services["service"], "service"))
     directory = settings.media_url.removeprefix("file://")
     assert f"media:{directory}" in services["service"]["volumes"]
     assert f"media:{directory}:ro" in services["worker"]["volumes"]
@@ -145,8 +145,9 @@ def test_front_end_and_worker_share_the_media(compose: Compose) -> None:
 def test_grace_is_longer_than_the_longest_job(compose: Compose) -> None:
     """`docker compose stop` lets running jobs end."""
     services = compose()
-    front_end: Any = accepted("service", told(services["service"], "service"))
-    worker: Any = accepted("worker", told(services["worker"], "worker"))
+    front_end = accepted("service", told(services["service"], "service"))
+    worker = accepted("worker", told(services["worker"], "worker"))
+    assert isinstance(front_end, ServiceSettings)
     assert worker.grace_s >= front_end.max_deadline_s
     assert seconds(services["worker"]["stop_grace_period"]) >= worker.grace_s + 10
     assert seconds(services["service"]["stop_grace_period"]) >= front_end.grace_s + 10

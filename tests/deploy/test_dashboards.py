@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import yaml
 
-from monitoring.dashboards import DIRECTORY, Dashboard, Panel, Target, all_dashboards
-from tests.deploy.conftest import ROOT, TARGET_LABELS, Document, exported, grouped_by, rendered, selectors
+from monitoring.panels import DIRECTORY, Dashboard, Panel, Target, all_dashboards
+from tests.deploy.conftest import ROOT, TARGET_LABELS, exported, grouped_by, rendered, selectors
+
+if TYPE_CHECKING:
+    from tests.deploy.conftest import Compose
 
 TARGETS = [
     pytest.param(target, id=f"{board.uid}: {panel.title}: {target.legend}")
@@ -39,8 +43,9 @@ def test_a_query_asks_for_what_is_exported(target: Target) -> None:
 
 @pytest.mark.parametrize("panel", PANELS)
 def test_a_panel_is_whole(panel: Panel) -> None:
-    """A title, a unit, a kind that the renderer and the tests know."""
+    """A title, a query, a unit, a kind that the renderer and the tests know."""
     assert panel.title
+    assert panel.targets
     assert panel.unit in ("s", "bytes", "percentunit", "reqps", "short")
     assert panel.kind in ("timeseries", "table")
 
@@ -65,7 +70,8 @@ def test_panels_do_not_overlap(dashboard: Dashboard) -> None:
 
 def test_every_exported_family_is_on_a_dashboard() -> None:
     """What is measured can be seen, but for what only `make serve`'s one scrape tells."""
-    shown = {each.name for param in TARGETS for each in selectors(param.values[0].concrete())}
+    targets = [target for board in all_dashboards() for panel in board.panels for target in panel.targets]
+    shown = {each.name for target in targets for each in selectors(target.concrete())}
     suffixes = ("_created", "_bucket", "_count", "_sum", "_total")
     families = {name for name in exported() if not name.endswith(suffixes)}
     unseen = {name for name in families if not any(each.startswith(name) for each in shown)}
@@ -97,9 +103,9 @@ def test_kubernetes_carries_the_same_files(overlay: str) -> None:
     assert carried["data"] == {path.name: path.read_text() for path in FILES}
 
 
-def test_compose_provisions_grafana_from_the_same_files(compose: object) -> None:
+def test_compose_provisions_grafana_from_the_same_files(compose: Compose) -> None:
     """Provider, data source and home dashboard point to what is mounted and running."""
-    services: Document = compose()  # type: ignore[operator]
+    services = compose()
     mounts = dict(volume.split(":")[:2] for volume in services["grafana"]["volumes"])
     assert mounts["./monitoring/dashboards"]
     provider = yaml.safe_load((ROOT / "monitoring/provisioning/dashboards/prismprune.yml").read_text())

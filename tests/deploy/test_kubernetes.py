@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import kubernetes_validate
 import pytest
@@ -12,6 +12,7 @@ import yaml
 from service.app import create_app
 from service.settings import ServiceSettings
 from tests.deploy.conftest import OVERLAYS, ROOT, Document, accepted, kustomized, rendered, variables
+from tests.present import present
 from worker.probes import STALLED_S, Probes
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ FOREIGN = {"HF_TOKEN", "HF_HOME", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET
 Documents = tuple[Document, ...]
 
 
-def workloads(documents: Documents) -> Iterator[tuple[Document, Document]]:
-    """Each Deployment and StatefulSet with its pod's spec."""
-    for document in documents:
-        if document["kind"] in WORKLOADS:
-            yield document, document["spec"]["template"]["spec"]
+def workloads(documents: Documents) -> list[tuple[Document, Document]]:
+    """Each Deployment and StatefulSet with its pod's spec; there are some."""
+    found = [each for each in documents if each["kind"] in WORKLOADS]
+    assert found
+    return [(each, each["spec"]["template"]["spec"]) for each in found]
 
 
 def containers(documents: Documents) -> Iterator[tuple[str, Document]]:
@@ -64,6 +65,14 @@ def containers(documents: Documents) -> Iterator[tuple[str, Document]]:
         name = document["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"]
         for container in (*pod.get("initContainers", ()), *pod["containers"]):
             yield name, container
+
+
+def ours(documents: Documents, *names: str) -> list[tuple[str, Document]]:
+    """The containers of front end and workers, or of those that are named: at least one of each."""
+    wanted = set(names or ("service", "worker"))
+    found = [(name, container) for name, container in containers(documents) if name in wanted]
+    assert {name for name, _ in found} == wanted
+    return found
 
 
 def of_kind(documents: Documents, kind: str) -> list[Document]:
@@ -188,9 +197,7 @@ def test_probes_ask_for_routes_and_ports_that_exist(documents: Documents) -> Non
 
 def test_a_worker_may_load_for_long_before_it_is_judged(documents: Documents) -> None:
     """Startup waits for the warm model; liveness then acts within minutes of what `Probes` finds."""
-    for name, container in containers(documents):
-        if name != "worker":
-            continue
+    for _, container in ours(documents, "worker"):
         startup, liveness = container["startupProbe"], container["livenessProbe"]
         assert startup["httpGet"]["path"] == "/readyz"
         assert startup["periodSeconds"] * startup["failureThreshold"] >= 1800
@@ -201,13 +208,13 @@ def test_a_worker_may_load_for_long_before_it_is_judged(documents: Documents) ->
 def test_the_ports_are_those_that_the_settings_open(documents: Documents) -> None:
     """Image and manifests name the same ports: the image's environment, its EXPOSE, and these."""
     dockerfile = (ROOT / "Dockerfile").read_text()
-    for name, container in containers(documents):
+    for name, container in ours(documents):
         ports = {each["name"]: each["containerPort"] for each in container["ports"]}
         if name == "service":
             assert f"PRISM_PORT={ports['http']} " in dockerfile
             assert f"PRISM_METRICS_PORT={ports['metrics']} " in dockerfile
             assert f"EXPOSE {ports['http']} {ports['metrics']}" in dockerfile
-        elif name == "worker":
+        else:
             assert f"PRISM_WORKER_METRICS_PORT={ports['metrics']} " in dockerfile
             assert f"EXPOSE {ports['metrics']}" in dockerfile
 
@@ -285,9 +292,7 @@ def test_the_metadata_service_is_out_of_reach(documents: Documents) -> None:
 def test_the_environment_names_settings_that_exist(documents: Documents) -> None:
     """No name is misspelt: a container's own are its settings', shared ones those of either side."""
     either = variables("service") | variables("worker")
-    for name, container in containers(documents):
-        if name not in ("service", "worker"):
-            continue
+    for name, container in ours(documents):
         own = {each["name"] for each in container.get("env", ())}
         assert own <= variables(name)
         assert environment(container, documents).keys() <= either | FOREIGN
@@ -295,11 +300,7 @@ def test_the_environment_names_settings_that_exist(documents: Documents) -> None
 
 def test_the_settings_accept_the_environment(documents: Documents) -> None:
     """Each container would start: values are valid, and front end and workers agree on the media store."""
-    stores = set[str]()
-    for name, container in containers(documents):
-        if name in ("service", "worker"):
-            settings: Any = accepted(name, environment(container, documents))
-            stores.add(settings.media_url)
+    stores = {accepted(name, environment(each, documents)).media_url for name, each in ours(documents)}
     assert len(stores) == 1
 
 
@@ -312,11 +313,12 @@ def test_grace_is_longer_than_the_longest_job(documents: Documents) -> None:
         if name not in graces:
             continue
         (container,) = pod["containers"]
-        settings: Any = accepted(name, environment(container, documents))
+        settings = accepted(name, environment(container, documents))
         pause = container.get("lifecycle", {}).get("preStop", {}).get("sleep", {}).get("seconds", 0)
         assert pod["terminationGracePeriodSeconds"] >= pause + settings.grace_s + 10
         graces[name].add(settings.grace_s)
-        longest = max(longest, getattr(settings, "max_deadline_s", 0))
+        if isinstance(settings, ServiceSettings):
+            longest = settings.max_deadline_s
     assert longest
     assert min(graces["worker"]) >= longest
 
@@ -330,11 +332,9 @@ def test_traces_are_a_component_that_reaches_the_collector(tmp_path: Path, overl
     documents = kustomized(tmp_path)
     test_the_environment_names_settings_that_exist(documents)
     (endpoint,) = {
-        accepted(name, environment(each, documents)).tracing_endpoint
-        for name, each in containers(documents)
-        if name in ("service", "worker")
+        accepted(name, environment(each, documents)).tracing_endpoint for name, each in ours(documents)
     }
-    host, port = endpoint.removeprefix("http://").split(":")
+    host, port = present(endpoint).removeprefix("http://").split(":")
     (opened,) = (
         each["spec"]["egress"][0]
         for each in of_kind(documents, "NetworkPolicy")
@@ -381,9 +381,7 @@ def test_secrets_are_not_in_files() -> None:
     assert set(secret["data"]) == {"PRISM_BROKER_URL"}
 
 
-@pytest.mark.parametrize("overlay", ["gpu"])
-def test_callers_need_a_key_where_there_is_no_demo(overlay: str) -> None:
+def test_callers_need_a_key_where_there_is_no_demo() -> None:
     """Nothing lets anonymous callers in; without keys from the secret the front end refuses to start."""
-    for name, container in containers(rendered(overlay)):
-        if name == "service":
-            assert "PRISM_ALLOW_ANONYMOUS" not in environment(container, rendered(overlay))
+    for _, container in ours(rendered("gpu"), "service"):
+        assert "PRISM_ALLOW_ANONYMOUS" not in environment(container, rendered("gpu"))

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from monitoring.dashboards import Dashboard, Panel, all_dashboards
+from monitoring.panels import Dashboard, Panel, all_dashboards
 from service.serve.machine import free_ports
 from tests.deploy.conftest import ROOT, exported, program, recorded, rules
 from tests.e2e.conftest import Tree, checkpoint, serving, wait_until  # noqa: F401 (a fixture)
@@ -144,8 +144,7 @@ def test_the_rules_are_evaluated_without_errors(busy: Prometheus) -> None:
         return {rule["health"] for group in body["data"]["groups"] for rule in group["rules"]}
 
     wait_until(lambda: health() == {"ok"})
-    for name in recorded():
-        wait_until(lambda name=name: bool(busy.values(name)), 30)
+    wait_until(lambda: all(busy.values(name) for name in recorded()))
     assert busy.values('ALERTS{alertstate="firing"}') == []
     assert len(rules()) > len(recorded())
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,8 @@ from openai import OpenAI
 
 from prismprune.demo import parts
 from tests.e2e.conftest import ROOT, Tree, serving
+from tests.service.conftest import data_uri
+from tests.service.test_chat import messages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.demo, pytest.mark.timeout(600)]
 
 QUESTION = "What color is the star?"
+PICTURE = data_uri((ROOT / "examples" / "scene.png").read_bytes())
 EXAMPLE_ANSWER = "red"
 """The colour of the one star in `examples/scene.png`."""
 QUESTIONS_A_BUDGET = 40
@@ -71,7 +73,7 @@ def test_easy_vqa_is_answered_over_http(tree: Tree, budget: int) -> None:
         )
         assert response.status_code == 200, response.text
         assert response.json()["visual_tokens"]["kept"] == budget
-        return response.json()["answer"].strip(" .").lower() == answer
+        return bool(response.json()["answer"].strip(" .").lower() == answer)
 
     with (
         httpx.Client(base_url=tree.url, timeout=120, trust_env=False) as client,
@@ -82,8 +84,7 @@ def test_easy_vqa_is_answered_over_http(tree: Tree, budget: int) -> None:
 
 
 def asked(question: str, budget: int) -> dict[str, object]:
-    picture = base64.b64encode((ROOT / "examples" / "scene.png").read_bytes()).decode()
-    return {"question": question, "image": f"data:image/png;base64,{picture}", "token_budget": budget}
+    return {"question": question, "image": PICTURE, "token_budget": budget}
 
 
 def test_a_second_question_about_a_picture_finds_it_encoded(tree: Tree) -> None:
@@ -121,15 +122,10 @@ def test_an_answer_comes_as_a_stream(tree: Tree) -> None:
 
 def test_openais_client_is_answered(tree: Tree) -> None:
     """The official one, unchanged, with a budget of its own."""
-    body = asked(QUESTION, 64)
     with OpenAI(base_url=f"{tree.url}/v1", api_key="none", max_retries=0) as client:
-        parts_of_it = [
-            {"type": "image_url", "image_url": {"url": body["image"]}},
-            {"type": "text", "text": QUESTION},
-        ]
         reply = client.chat.completions.create(
             model="prism-demo",
-            messages=[{"role": "user", "content": parts_of_it}],  # type: ignore[list-item,misc]  # plain dicts
+            messages=messages(PICTURE, text=QUESTION),
             extra_body={"token_budget": 64},
         )
     assert reply.choices[0].message.content == EXAMPLE_ANSWER

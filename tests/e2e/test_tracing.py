@@ -34,8 +34,12 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="module")
 def tree(checkpoint: str, collector: Collector, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
     """`make serve` with traces on; spans are sent every 50 ms."""
-    environment = {"PRISM_TRACING_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "50"}
-    with serving(tmp_path_factory.mktemp("serve"), PRISM_MODEL=checkpoint, **environment) as running:
+    with serving(
+        tmp_path_factory.mktemp("serve"),
+        PRISM_MODEL=checkpoint,
+        PRISM_TRACING_ENDPOINT=collector.url,
+        OTEL_BSP_SCHEDULE_DELAY="50",
+    ) as running:
         yield running
 
 
@@ -52,7 +56,8 @@ def asked(tree: Tree, trace: str) -> dict[str, Any]:
         trust_env=False,
     )
     assert response.status_code == 200, response.text
-    return response.json()
+    body: dict[str, Any] = response.json()
+    return body
 
 
 def spans_of(collector: Collector, trace: str) -> dict[str, Sent]:

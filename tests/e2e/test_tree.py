@@ -35,8 +35,12 @@ IMAGE = data_uri(encoded())
 
 @pytest.fixture(scope="module")
 def tree(checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
-    limits = {"PRISM_MAX_JSON_BYTES": str(BODY_LIMIT), "PRISM_MAX_MULTIPART_BYTES": str(BODY_LIMIT)}
-    with serving(tmp_path_factory.mktemp("serve"), PRISM_MODEL=checkpoint, **limits) as running:
+    with serving(
+        tmp_path_factory.mktemp("serve"),
+        PRISM_MODEL=checkpoint,
+        PRISM_MAX_JSON_BYTES=str(BODY_LIMIT),
+        PRISM_MAX_MULTIPART_BYTES=str(BODY_LIMIT),
+    ) as running:
         yield running
 
 

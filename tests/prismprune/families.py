@@ -12,6 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 from transformers.video_utils import VideoMetadata
 
 from prismprune.media import Clip, Picture
+from tests.present import present
 from tests.prismprune.reference import prism, split
 from tests.prismprune.tiny import (
     clip,
@@ -23,14 +24,17 @@ from tests.prismprune.tiny import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
 
+    from prismprune.results import PartMap
+    from tests.prismprune.reference import Array
+
     Media = Sequence[Picture | Clip]
 
-CHECKPOINTS = {
+CHECKPOINTS: dict[str, Callable[[Path], Path]] = {
     "llava": save_tiny_llava,
     "llava_next-llama": save_tiny_llava_next,
     "llava_next-mistral": lambda path: save_tiny_llava_next(path, text="mistral"),
@@ -46,7 +50,8 @@ def still(size: str, seed: int = 0) -> Picture:
     return Picture(picture(seed, SIZES[size]))
 
 
-PICTURES: dict[str, Media] = {size: [still(size, seed)] for seed, size in enumerate(SIZES)} | {
+PICTURES: dict[str, Media] = {
+    **{size: [still(size, seed)] for seed, size in enumerate(SIZES)},
     "two": [still("wide", 7), still("tall", 8)],
     "three": [still("large", 9), still("square", 10), still("panorama", 11)],
 }
@@ -78,7 +83,9 @@ class Transformers:
     def inputs(self, media: Media, question: str) -> dict[str, Any]:
         """What the processor makes of media and question, with every visual token."""
         images = [item.image for item in media if isinstance(item, Picture)]
-        videos = [np.stack(item.frames) for item in media if isinstance(item, Clip)]
+        videos = [
+            np.stack([np.asarray(frame) for frame in item.frames]) for item in media if isinstance(item, Clip)
+        ]
         content = [{"type": "video" if isinstance(item, Clip) else "image"} for item in media]
         prompt = self.processor.apply_chat_template(
             [{"role": "user", "content": [*content, {"type": "text", "text": question}]}],
@@ -132,12 +139,13 @@ class Transformers:
     def _scored(self, tower: Any, pixels: Tensor) -> list[Scored]:
         output = tower(pixels, output_attentions=True, output_hidden_states=True)
         layer = self.model.config.vision_feature_layer
+        block = layer - 1 if layer > 0 else layer  # hidden states begin with the embeddings
         return [
             Scored(attention[:, 0, 1:].double().numpy(), state[1:].double().numpy())
-            for attention, state in zip(output.attentions[layer], output.hidden_states[layer], strict=True)
+            for attention, state in zip(output.attentions[block], output.hidden_states[layer], strict=True)
         ]
 
-    def project(self, features: np.ndarray) -> Tensor:
+    def project(self, features: Array) -> Tensor:
         """Features [K, d] as the language model gets them."""
         with torch.inference_mode():
             return self.model.model.multi_modal_projector(torch.from_numpy(features).float())
@@ -147,8 +155,8 @@ class Transformers:
 class Scored:
     """What a reference says about one view: attention [H, N] and features [N, d], in float64."""
 
-    attention: np.ndarray
-    features: np.ndarray
+    attention: Array
+    features: Array
 
 
 def kept(
@@ -163,3 +171,8 @@ def kept(
         parts = prism(view.attention[:, raster], view.features[raster], share)
         chosen.append([[raster[place] for place in part] for part in parts])
     return chosen
+
+
+def parts(token_map: Sequence[PartMap]) -> list[list[list[int]]]:
+    """What the library says of each view, as `kept` says it."""
+    return [[list(present(part.salient)), list(present(part.diverse))] for part in token_map]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from prismprune.errors import InvalidScoresError
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-GEOMETRY = {
+GEOMETRY: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
@@ -34,12 +34,12 @@ class Tower:
     def __init__(self, kind: str, implementation: str = "sdpa") -> None:
         torch.manual_seed(0)
         if kind == "clip":
-            config = CLIPVisionConfig(**GEOMETRY, intermediate_size=64)
-            self.model = CLIPVisionModel._from_config(config, attn_implementation=implementation)
+            clip = CLIPVisionConfig(**GEOMETRY, intermediate_size=64)
+            self.model = CLIPVisionModel._from_config(clip, attn_implementation=implementation)
             self.blocks, self.attention = self.model.encoder.layers, "self_attn"
         else:
-            config = Dinov2Config(**GEOMETRY)
-            self.model = Dinov2Model._from_config(config, attn_implementation=implementation)
+            dino = Dinov2Config(**GEOMETRY)
+            self.model = Dinov2Model._from_config(dino, attn_implementation=implementation)
             self.blocks, self.attention = self.model.encoder.layer, "attention"
         for parameter in self.model.parameters():
             if parameter.ndim > 1:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaModel
+from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from prismprune.demo import subsets
@@ -48,7 +48,7 @@ seeds = st.integers(0, 2**31)
 def test_a_scene_holds_distinct_objects_inside_the_picture(seed: int) -> None:
     """No two objects share colour and shape, and none is cut off."""
     things = draw_scene(random.Random(seed)).things
-    assert 1 <= len(things) <= 6
+    assert len(things) in range(1, 7)
     assert len({thing.name for thing in things}) == len(things)
     for thing in things:
         assert 0 <= thing.x - thing.width / 2 <= thing.x + thing.width / 2 <= 1
@@ -68,7 +68,7 @@ def test_answers_about_a_scene_are_true(seed: int) -> None:
     """Colours, shapes and counts agree with what was drawn, read from the question's own words."""
     rng = random.Random(seed)
     scene = draw_scene(rng)
-    plain = {kind: (TRAINED[kind][0],) for kind in TRAINED}
+    plain: dict[str, tuple[str, ...]] = {kind: (TRAINED[kind][0],) for kind in TRAINED}
     for question in scene_questions(rng, scene, 16, plain):
         words = question.text.lower().rstrip("?").split()
         if question.kind == "color":
@@ -180,7 +180,8 @@ def test_the_start_is_the_regression_that_it_was_solved_for() -> None:
     """A projector so started maps features linearly: twice the step, twice the change."""
     torch.manual_seed(0)
     words: dict[str, torch.Tensor] = {}
-    projector = LlavaMultiModalProjector(_ProjectorConfig())
+    tower, text = CLIPVisionConfig(hidden_size=9, num_attention_heads=3), LlamaConfig(hidden_size=64)
+    projector = LlavaMultiModalProjector(LlavaConfig(vision_config=tower, text_config=text))
 
     def embed(word: str) -> torch.Tensor:
         return words.setdefault(word, torch.randn(64))
@@ -197,14 +198,6 @@ def test_the_start_is_the_regression_that_it_was_solved_for() -> None:
     with torch.inference_mode():
         once, twice = (projector(base + k * step) - projector(base) for k in (1, 2))
     torch.testing.assert_close(twice, 2 * once, rtol=1e-3, atol=1e-2)
-
-
-class _ProjectorConfig:
-    vision_feature_layer = -2
-    multimodal_projector_bias = True
-    projector_hidden_act = "gelu"
-    vision_config = type("Vision", (), {"hidden_size": 9})
-    text_config = type("Text", (), {"hidden_size": 64})
 
 
 @given(seed=seeds, count=st.integers(1, 143))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +27,8 @@ def demo() -> PrunedVLM:
 
 def test_it_is_an_ordinary_checkpoint(demo: PrunedVLM) -> None:
     """Plain transformers loads it and, with all 576 tokens, says what PrunedVLM says."""
-    model = LlavaForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32)
+    # Any: transformers' types say that it cannot `generate`.
+    model: Any = LlavaForConditionalGeneration.from_pretrained(checkpoint(), dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(checkpoint())
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False)

@@ -16,9 +16,13 @@ from prismprune.generation import GenerationOptions
 from prismprune.selection import METHODS
 from prismprune.selection.base import Scores, Selection, Selector
 from prismprune.vlm import PrunedVLM, VisualRequest
+from tests.present import present
 from tests.prismprune.families import BY_CLS, CASES, CHECKPOINTS, MEDIA, Transformers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
     from torch import Tensor
 
     from prismprune.results import Answer
@@ -39,8 +43,8 @@ class Pair:
 
 
 @pytest.fixture(scope="module")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
-    return {name: Pair(save(tmp_path_factory.mktemp(name))) for name, save in CHECKPOINTS.items()}
+def pairs(checkpoints: Callable[[str], Path]) -> dict[str, Pair]:
+    return {name: Pair(checkpoints(name)) for name in CHECKPOINTS}
 
 
 @pytest.fixture(scope="module")
@@ -218,10 +222,11 @@ def test_a_method_gets_the_keys_and_embeddings_that_it_asks_for(
     (encoded,) = encode(family, [EncodingRequest(tuple(MEDIA[name]["two"]), TokenBudget(6))])
     heads, width = 4, 32
     for scores in spy.seen:
-        assert scores.keys.shape == (scores.images, heads, scores.candidates, 8)
-        torch.testing.assert_close(scores.projected, family.project(scores.features))
-        assert scores.projected.shape[2] == width
-        assert scores.grid[0] * scores.grid[1] == scores.candidates
+        keys, projected, grid = present(scores.keys), present(scores.projected), present(scores.grid)
+        assert keys.shape == (scores.images, heads, scores.candidates, 8)
+        torch.testing.assert_close(projected, family.project(scores.features))
+        assert projected.shape[2] == width
+        assert grid[0] * grid[1] == scores.candidates
     possible = torch.cat([family.project(scores.features.mean(1)) for scores in spy.seen])
     if any(visual.newlines for visual in encoded.visuals):
         possible = torch.cat([possible, family.model.model.image_newline[None]])

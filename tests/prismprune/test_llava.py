@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +12,6 @@ from PIL import Image
 from transformers import (
     AutoProcessor,
     LlavaConfig,
-    LlavaForConditionalGeneration,
     SiglipVisionConfig,
 )
 
@@ -28,7 +26,8 @@ from prismprune.loading import load_checkpoint
 from prismprune.media import Picture
 from prismprune.selection.prism import Prism
 from prismprune.vlm import PrunedVLM, VisualRequest
-from tests.prismprune.reference import prism
+from tests.present import present
+from tests.prismprune.families import Transformers, kept, parts
 from tests.prismprune.tiny import GRID, IMAGE_SIZE, PATCHES, clip, picture, save_tiny_llava
 
 if TYPE_CHECKING:
@@ -48,26 +47,8 @@ KINDS = [
 
 
 @pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(map(str, kind.values())))
-def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def variant(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_llava(tmp_path_factory.mktemp("llava"), **request.param)
-
-
-class Transformers:
-    """What a user of transformers alone would write."""
-
-    def __init__(self, checkpoint: Path) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
-        self.processor = AutoProcessor.from_pretrained(checkpoint)
-
-    def answer(self, images: list[Image.Image], question: str, max_new_tokens: int = 24) -> tuple[int, ...]:
-        content = [{"type": "image"}] * len(images) + [{"type": "text", "text": question}]
-        prompt = self.processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True
-        )
-        inputs = self.processor(images=images, text=prompt, return_tensors="pt")
-        output = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        ids = output[0, inputs["input_ids"].shape[1] :].tolist()
-        return tuple(ids[:-1] if ids[-1] == self.model.generation_config.eos_token_id else ids)
 
 
 def prompt_ids(family: Family, question: str, system: str | None, kept: list[int]) -> Tensor:
@@ -78,56 +59,45 @@ def prompt_ids(family: Family, question: str, system: str | None, kept: list[int
 
 
 @pytest.mark.parametrize("images", [1, 2])
-def test_unpruned_answers_are_those_of_transformers(checkpoint: Path, images: int) -> None:
+def test_unpruned_answers_are_those_of_transformers(variant: Path, images: int) -> None:
     """Budget "all" gives the same greedy token ids as `generate`, for one picture and for two."""
-    pictures = [picture(seed, (50 + 30 * seed, 70)) for seed in range(images)]
-    answer = PrunedVLM.from_pretrained(checkpoint).answer(pictures, "What is it?", max_new_tokens=24)
-    assert answer.token_ids == Transformers(checkpoint).answer(pictures, "What is it?")
+    pictures = [Picture(picture(seed, (50 + 30 * seed, 70))) for seed in range(images)]
+    answer = PrunedVLM.from_pretrained(variant).answer(pictures, "What is it?", max_new_tokens=24)
+    reference = Transformers(variant)
+    assert answer.token_ids == reference.answer(reference.inputs(pictures, "What is it?"), 24)
     assert answer.visual_tokens.method == "none"
     assert answer.visual_tokens.kept == answer.visual_tokens.original
 
 
-def test_an_unpruned_batch_is_answered_as_by_transformers_one_by_one(checkpoint: Path) -> None:
+def test_an_unpruned_batch_is_answered_as_by_transformers_one_by_one(variant: Path) -> None:
     """Pictures and questions of different numbers and lengths, padded into one batch, change no token."""
     asked = [
-        ([picture(1)], "Why?"),
-        ([picture(2, (30, 90)), picture(3)], "Which of the two is it?"),
-        ([picture(4)], "A much longer question, " * 5),
+        ([Picture(picture(1))], "Why?"),
+        ([Picture(picture(2, (30, 90))), Picture(picture(3))], "Which of the two is it?"),
+        ([Picture(picture(4))], "A much longer question, " * 5),
     ]
-    reference = Transformers(checkpoint)
+    reference = Transformers(variant)
     requests = [
-        VisualRequest(
-            tuple(Picture(image) for image in images),
-            (question,),
-            generation=GenerationOptions(max_new_tokens=24),
-        )
-        for images, question in asked
+        VisualRequest(tuple(pictures), (question,), generation=GenerationOptions(max_new_tokens=24))
+        for pictures, question in asked
     ]
-    answers = PrunedVLM.from_pretrained(checkpoint).answer_batch(requests)
-    assert [own[0].token_ids for own in answers] == [reference.answer(*one) for one in asked]
+    answers = PrunedVLM.from_pretrained(variant).answer_batch(requests)
+    assert [own[0].token_ids for own in answers] == [
+        reference.answer(reference.inputs(*one), 24) for one in asked
+    ]
 
 
-def test_the_kept_tokens_are_those_of_the_algorithm(checkpoint: Path) -> None:
+def test_the_kept_tokens_are_those_of_the_algorithm(variant: Path) -> None:
     """Scores read beside SDPA choose what the reference chooses by the whole, eager attention matrix."""
-    eager = LlavaForConditionalGeneration.from_pretrained(checkpoint, attn_implementation="eager").eval()
-    processor = AutoProcessor.from_pretrained(checkpoint)
-    layer = eager.config.vision_feature_layer
-    vlm = PrunedVLM.from_pretrained(checkpoint)
+    vlm, eager = PrunedVLM.from_pretrained(variant), Transformers(variant, attn_implementation="eager")
     for seed in range(5):
-        image = picture(seed)
-        pixels = processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        with torch.inference_mode():
-            tower = eager.model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
-        state = tower.hidden_states[layer][0, 1:].numpy().astype(np.float64)
-        block = layer - 1 if layer > 0 else layer
-        attention = tower.attentions[block][0, :, 0, 1:].numpy().astype(np.float64)
-        part = vlm.encode(image, 7).token_map[0]
-        assert (list(part.salient), list(part.diverse)) == prism(attention, state, 7)
+        image = Picture(picture(seed))
+        assert parts(vlm.encode(image, 7).token_map) == kept(eager.views([image]), 7)
 
 
-def test_a_pruned_answer_is_one_full_forward_over_the_kept_tokens(checkpoint: Path) -> None:
+def test_a_pruned_answer_is_one_full_forward_over_the_kept_tokens(variant: Path) -> None:
     """Prefill, cache and decode steps give what the language model gives for the whole sequence at once."""
-    vlm = PrunedVLM.from_pretrained(checkpoint)
+    vlm = PrunedVLM.from_pretrained(variant)
     image, question = picture(5), "And this?"
     answer = vlm.answer(image, question, 6, max_new_tokens=12)
     model, processor = vlm._family.model, vlm._family.processor
@@ -191,7 +161,7 @@ def test_one_token_of_two_pictures(vlm: PrunedVLM) -> None:
     answer = vlm.answer([picture(1), picture(2)], "?", 1, max_new_tokens=2)
     assert [len(part.kept) for part in answer.token_map] == [1, 0]
     assert (answer.visual_tokens.kept, answer.visual_tokens.budget) == (1, 1)
-    assert answer.visual_tokens.salient + answer.visual_tokens.diverse == 1
+    assert sorted((present(answer.visual_tokens.salient), present(answer.visual_tokens.diverse))) == [0, 1]
 
 
 def test_pictures_of_one_batch_are_selected_together(vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch) -> None:

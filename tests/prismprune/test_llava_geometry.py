@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import pytest
 import torch
 from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -19,11 +17,13 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
+from benchmarks.published import VICUNA_7B, VICUNA_13B, clip_l, llava
 from prismprune.budget import TokenBudget
 from prismprune.encoding import EncodingRequest, encode
 from prismprune.families import FAMILIES
 from prismprune.media import Picture
 from prismprune.selection.base import Scores, Selection, Selector
+from tests.present import present
 from tests.prismprune.tiny import (
     clip,
     llava_processor,
@@ -34,16 +34,14 @@ from tests.prismprune.tiny import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from prismprune.encoding import EncodedMedia
     from prismprune.families.base import Family
 
-LANGUAGE = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
-    "13b": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40},
-}
-HEAD_DIM = 128
-TOWER = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-FAMILY = {
+LANGUAGE = {"7b": VICUNA_7B, "13b": VICUNA_13B}
+LANGUAGE_WIDTH = {"7b": 4096, "13b": 5120}
+FAMILY: dict[str, tuple[Any, Any, Callable[..., Any], int]] = {
     "llava": (LlavaConfig, LlavaForConditionalGeneration, llava_processor, 336),
     "llava_next": (LlavaNextConfig, LlavaNextForConditionalGeneration, next_processor, 336),
     "video_llava": (VideoLlavaConfig, VideoLlavaForConditionalGeneration, video_processor, 224),
@@ -60,12 +58,7 @@ def on_meta(name: str, size: str, layout: str | None = None) -> Family:
     ids = {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
     if name == "video_llava":
         ids["video_token_index"] = tokenizer.convert_tokens_to_ids("<video>")
-    heads = LANGUAGE[size]["hidden_size"] // HEAD_DIM
-    config = config_class(
-        vision_config=CLIPVisionConfig(**TOWER, patch_size=14, image_size=edge),
-        text_config=LlamaConfig(vocab_size=32064, num_attention_heads=heads, **LANGUAGE[size]),
-        **ids,
-    )
+    config = llava(config_class, clip_l(edge), LANGUAGE[size], **ids)
     with torch.device("meta"):
         model = model_class(config).eval()
     return FAMILIES[name](model, processor_of(tokenizer, edge), layout)
@@ -82,7 +75,7 @@ class First(Selector):
         images, patches = scores.images, scores.candidates
         assert scores.attention.shape == (images, 16, patches)
         assert scores.features.shape == (images, patches, 1024)
-        assert scores.keys.shape == (images, 16, patches, 64)
+        assert present(scores.keys).shape == (images, 16, patches, 64)
         return Selection(torch.arange(k).expand(images, k))
 
 
@@ -142,7 +135,7 @@ def test_tokens_at_true_size(case: Case) -> None:
     assert everything.visual_tokens.original == everything.visual_tokens.kept == case.original
     assert everything.visual_tokens.newlines == case.newlines
     assert sum(len(visual.features) for visual in everything.visuals) == case.original + case.newlines
-    assert {visual.features.shape[1] for visual in everything.visuals} == {LANGUAGE[case.size]["hidden_size"]}
+    assert {visual.features.shape[1] for visual in everything.visuals} == {LANGUAGE_WIDTH[case.size]}
     assert ran == set(range(IN_USE))
     assert pruned.visual_tokens.kept == 160
     assert pruned.visual_tokens.newlines <= case.newlines

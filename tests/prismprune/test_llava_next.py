@@ -19,7 +19,8 @@ from prismprune.media import Picture
 from prismprune.selection.prism import Prism
 from prismprune.visualization.kept import draw_kept
 from prismprune.vlm import PrunedVLM
-from tests.prismprune.families import SIZES, Transformers, kept, still
+from tests.present import present
+from tests.prismprune.families import SIZES, kept, parts, still
 from tests.prismprune.tiny import IMAGE_SIZE, PATCHES, PINPOINTS, clip, save_tiny_llava_next
 
 if TYPE_CHECKING:
@@ -27,28 +28,27 @@ if TYPE_CHECKING:
 
     from prismprune.encoding import EncodedMedia
     from prismprune.selection import Scores, Selection
+    from tests.prismprune.families import Transformers
 
+CHECKPOINT = "llava_next-llama"
 NEWLINE = -1
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_llava_next(tmp_path_factory.mktemp("next"))
+def native(vlm: PrunedVLM) -> PrunedVLM:
+    """In the layout of transformers."""
+    return vlm
 
 
 @pytest.fixture(scope="module")
-def native(checkpoint: Path) -> PrunedVLM:
-    return PrunedVLM.from_pretrained(checkpoint)
+def family(native: PrunedVLM) -> LlavaNextFamily:
+    assert isinstance(native._family, LlavaNextFamily)
+    return native._family
 
 
 @pytest.fixture(scope="module")
 def paper(checkpoint: Path) -> PrunedVLM:
     return PrunedVLM.from_pretrained(checkpoint, layout="paper")
-
-
-@pytest.fixture(scope="module")
-def eager(checkpoint: Path) -> Transformers:
-    return Transformers(checkpoint, attn_implementation="eager")
 
 
 def packed(model: Any, size: tuple[int, int]) -> list[int]:
@@ -87,7 +87,7 @@ def seen_by_crop(sequence: list[int]) -> list[list[int]]:
 
 
 def kept_numbers(encoded: EncodedMedia) -> list[int]:
-    return [part.crop * PATCHES + index for part in encoded.token_map for index in part.kept]
+    return [present(part.crop) * PATCHES + index for part in encoded.token_map for index in part.kept]
 
 
 @pytest.mark.parametrize("budget", [1, 5, 19])
@@ -99,7 +99,7 @@ def test_the_kept_tokens_are_those_of_the_algorithm(
     seen = seen_by_crop(packed(eager.model, SIZES[size]))
     expected = kept(eager.views([still(size)]), budget, seen)
     token_map = native.encode(still(size), budget).token_map
-    assert [[list(part.salient), list(part.diverse)] for part in token_map] == expected
+    assert parts(token_map) == expected
     assert [part.crop for part in token_map] == list(range(len(expected)))
 
 
@@ -136,7 +136,7 @@ def test_the_papers_layout_is_the_small_copy_and_then_the_crops(
     views = eager.views([still(size)])
     everything, pruned = paper.encode(still(size)), paper.encode(still(size), 11)
     assert everything.visual_tokens.original == len(views) * PATCHES == len(everything.visuals[0].features)
-    assert [[list(part.salient), list(part.diverse)] for part in pruned.token_map] == kept(views, 11)
+    assert parts(pruned.token_map) == kept(views, 11)
     expected = torch.cat(
         [
             eager.project(view.features[list(part.kept)])
@@ -155,25 +155,25 @@ def test_a_square_picture_has_a_grid_of_two_by_two(native: PrunedVLM, paper: Pru
 
 
 @given(width=st.integers(8, 400), height=st.integers(8, 400))
-def test_candidates_are_what_transformers_does_not_unpad(native: PrunedVLM, width: int, height: int) -> None:
+def test_candidates_are_what_transformers_does_not_unpad(
+    family: LlavaNextFamily, width: int, height: int
+) -> None:
     """Of every size; also where a crop is all padding."""
-    family = native._family
     views = family.views([Picture(Image.new("RGB", (width, height)))])
     mosaic = family._mosaic((width, height))
-    expected = packed(native.model, (width, height))
+    expected = packed(family.model, (width, height))
     counts = [(bottom - top) * (right - left) for top, left, bottom, right in mosaic.candidates()]
     assert len(counts) == len(views) - 1
     assert PATCHES + sum(counts) == len(expected) - expected.count(NEWLINE)
 
 
 @given(width=st.integers(8, 400), height=st.integers(8, 400))
-def test_the_boxes_of_the_crops_tile_the_padded_picture(native: PrunedVLM, width: int, height: int) -> None:
+def test_the_boxes_of_the_crops_tile_the_padded_picture(
+    family: LlavaNextFamily, width: int, height: int
+) -> None:
     """Each begins where its neighbour ends, and what the model sees of them covers the picture."""
-    family = native._family
-    mosaic, boxes = (
-        family._mosaic((width, height)),
-        family._boxes((width, height), family._mosaic((width, height))),
-    )
+    mosaic = family._mosaic((width, height))
+    boxes = family._boxes((width, height), mosaic)
     columns = mosaic.crops[1]
     for place, (left, top, right, bottom) in enumerate(boxes):
         if (place + 1) % columns:
@@ -221,7 +221,9 @@ def test_what_was_kept_can_be_drawn(native: PrunedVLM, paper: PrunedVLM, layout:
     assert drawn.tobytes() != draw_kept(image, ()).tobytes()
 
 
-def test_crops_of_one_shape_are_selected_together(native: PrunedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crops_of_one_shape_are_selected_together(
+    native: PrunedVLM, family: LlavaNextFamily, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of a wide picture on a grid of two by two, crops lose rows on either side; they share one call."""
     calls = []
     original = Prism.__call__
@@ -232,7 +234,7 @@ def test_crops_of_one_shape_are_selected_together(native: PrunedVLM, monkeypatch
 
     monkeypatch.setattr(Prism, "__call__", counting)
     wide = Picture(Image.new("RGB", (2 * IMAGE_SIZE, IMAGE_SIZE * 3 // 2)))
-    assert native._family._mosaic(wide.size).shown == (1, 0, 7, 8)
+    assert family._mosaic(wide.size).shown == (1, 0, 7, 8)
     encoded = native.encode(wide, (PATCHES + 4 * 12) // 4)
     assert sorted(calls) == [(1, 16, 4), (4, 12, 3)]
     assert encoded.visual_tokens.kept == 16

@@ -59,7 +59,8 @@ def corners() -> Image.Image:
     return image
 
 
-def near(pixel: object, color: tuple[int, int, int], tolerance: int = 12) -> bool:
+def near(pixel: float | tuple[int, ...] | None, color: tuple[int, int, int], tolerance: int = 12) -> bool:
+    assert pixel is not None
     return bool(np.abs(np.subtract(pixel, color)).max() <= tolerance)
 
 
@@ -271,12 +272,13 @@ def video(
     frames: int = 16,
     fps: int = 8,
     size: tuple[int, int] = (64, 48),
-    **options: str,
+    options: dict[str, str] | None = None,
 ) -> bytes:
     """A video whose frame i is grey of brightness 16 * i."""
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container) as out:
-        stream = out.add_stream(codec, rate=fps, options={"x264-params": "log-level=none", **options})
+        stream = out.add_stream(codec, rate=fps, options={"x264-params": "log-level=none", **(options or {})})
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height = size
         stream.pix_fmt = {"gif": "rgb8", "mjpeg": "yuvj420p"}.get(codec, "yuv420p")
         for i in range(frames):
@@ -319,7 +321,7 @@ def test_frames_come_in_order_and_at_their_times(
     container: str, codec: str, options: dict[str, str], media_type: str
 ) -> None:
     """Of 16 frames, 8 segments give every second one, whatever the container and the group structure."""
-    data = video(container, codec, **options)
+    data = video(container, codec, options=options)
     clip = decode_video(data)
     assert sniff(data[:SNIFF_BYTES]) == media_type
     assert numbers(clip) == [1, 3, 5, 7, 9, 11, 13, 15]
@@ -353,7 +355,7 @@ def test_a_stretch_is_sampled_by_itself(mp4: bytes) -> None:
 
 def test_a_group_of_pictures_that_is_not_needed_is_skipped_rightly() -> None:
     """Frames far apart come out right although the groups between them are not decoded."""
-    data = video(frames=16, g="2", bf="0")
+    data = video(frames=16, options={"g": "2", "bf": "0"})
     assert numbers(decode_video(data, FrameSampling(2))) == [4, 12]
 
 

@@ -8,48 +8,31 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
-    PreTrainedConfig,
     Qwen2_5_VLConfig,
     VideoLlavaConfig,
 )
 from typer.testing import CliRunner
 
+from benchmarks.published import QWEN_7B, QWEN_TOWER, VICUNA_7B, VICUNA_13B, clip_l, llava
 from prismprune import InvalidBudgetError, InvalidOptionError, PrunedVLM, UnknownModelError
 from prismprune.cli import app
 from prismprune.planning import plan
 from tests.prismprune.families import CHECKPOINTS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-GIB = 2**30
-CLIP_L = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 336,
-    "patch_size": 14,
-}
-VICUNA_7B = {"vocab_size": 32064}
-VICUNA_13B = {
-    "vocab_size": 32064,
-    "hidden_size": 5120,
-    "intermediate_size": 13824,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 40,
-}
+LlavaKind = type[LlavaConfig | LlavaNextConfig | VideoLlavaConfig]
 
 
-def config_of(folder: Path, kind: type[PreTrainedConfig], text: dict[str, Any], **tower: Any) -> str:
+def config_of(folder: Path, kind: LlavaKind, text: dict[str, Any], image_size: int = 336) -> str:
     """A directory that holds nothing but a config of that geometry."""
-    vision = CLIPVisionConfig(**(CLIP_L | tower))
-    kind(vision_config=vision, text_config=LlamaConfig(**text)).save_pretrained(folder)
+    llava(kind, clip_l(image_size), text).save_pretrained(folder)
     assert [path.name for path in folder.iterdir()] == ["config.json"]
     return str(folder)
 
@@ -79,14 +62,14 @@ def test_quantised_weights_are_smaller_and_the_tower_is_not(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("kind", "tower", "tokens"),
-    [(LlavaConfig, {}, 576), (LlavaNextConfig, {}, 2880), (VideoLlavaConfig, {"image_size": 224}, 2048)],
+    ("kind", "image_size", "tokens"),
+    [(LlavaConfig, 336, 576), (LlavaNextConfig, 336, 2880), (VideoLlavaConfig, 224, 2048)],
 )
 def test_each_family_knows_its_pictures_tokens(
-    tmp_path: Path, kind: type[PreTrainedConfig], tower: dict[str, Any], tokens: int
+    tmp_path: Path, kind: LlavaKind, image_size: int, tokens: int
 ) -> None:
     """And another number, of several pictures say, can be given instead."""
-    model = config_of(tmp_path, kind, VICUNA_7B, **tower)
+    model = config_of(tmp_path, kind, VICUNA_7B, image_size)
     assert plan(model, "all").budget == plan(model).everything
     assert plan(model).everything.visual_tokens == tokens
     assert plan(model, 64, visual_tokens=9999).everything.visual_tokens == 9999
@@ -94,16 +77,7 @@ def test_each_family_knows_its_pictures_tokens(
 
 def test_qwen2_5_vl_7b_is_planned_by_its_own_geometry(tmp_path: Path) -> None:
     """8.29 G parameters, 56 KiB a token (4 key-value heads), 2 x 2 patches of the tower in each token."""
-    text = {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    }
-    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584}
-    Qwen2_5_VLConfig(text_config=text, vision_config=vision).save_pretrained(tmp_path)
+    Qwen2_5_VLConfig(text_config=QWEN_7B, vision_config=QWEN_TOWER).save_pretrained(tmp_path)
     planned = plan(str(tmp_path), 64)
     assert planned.parameters == pytest.approx(8.29e9, rel=0.001)
     assert planned.everything.kv_bytes == (576 + 64) * 56 * 2**10
@@ -118,9 +92,9 @@ def test_the_prefills_operations_follow_the_formula(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
-def test_weights_are_those_of_the_loaded_model(tmp_path: Path, name: str) -> None:
+def test_weights_are_those_of_the_loaded_model(checkpoints: Callable[[str], Path], name: str) -> None:
     """To the byte, for every family's tiny checkpoint."""
-    folder = CHECKPOINTS[name](tmp_path)
+    folder = checkpoints(name)
     model = PrunedVLM.from_pretrained(folder, device="cpu").model
     loaded = sum(parameter.nbytes for parameter in model.parameters())
     assert plan(str(folder), 4, dtype="float32").budget.weight_bytes == loaded

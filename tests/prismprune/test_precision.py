@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import nn
 
 from prismprune import InvalidOptionError, PrunedVLM, Quantization
@@ -19,6 +19,7 @@ from tests.prismprune.families import CHECKPOINTS
 from tests.prismprune.tiny import picture, save_tiny_llava
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 LAYERS = {"int8": Linear8bitLt, "nf4": Linear4bit}
@@ -48,10 +49,13 @@ def stored_bytes(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("quantization", sorted(LAYERS))
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
-def test_only_the_language_models_layers_are_quantised(tmp_path: Path, name: str, quantization: str) -> None:
+def test_only_the_language_models_layers_are_quantised(
+    checkpoints: Callable[[str], Path], name: str, quantization: str
+) -> None:
     """Tower, projector and head keep their numbers; pruned questions are answered, and scores are read."""
-    folder = CHECKPOINTS[name](tmp_path)
-    vlm = PrunedVLM.from_pretrained(folder, device="cpu", dtype="bfloat16", quantization=quantization)
+    vlm = PrunedVLM.from_pretrained(
+        checkpoints(name), device="cpu", dtype="bfloat16", quantization=quantization
+    )
     linear = {
         path: type(module) for path, module in vlm.model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -69,10 +73,10 @@ def test_only_the_language_models_layers_are_quantised(tmp_path: Path, name: str
 )
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
 def test_what_is_quantised_too_is_that_part_alone(
-    tmp_path: Path, name: str, quantization: Quantization, part: str
+    checkpoints: Callable[[str], Path], name: str, quantization: Quantization, part: str
 ) -> None:
     """Every linear layer of it and of the language model, none other; planned to the byte; and it answers."""
-    folder, chosen = CHECKPOINTS[name](tmp_path), replace(quantization, also=(part,))
+    folder, chosen = checkpoints(name), replace(quantization, also=(part,))
     vlm = PrunedVLM.from_pretrained(folder, device="cpu", dtype="bfloat16", quantization=chosen)
     whole = tuple(chosen.spared(FAMILIES[vlm.family].outside))
     for path, module in vlm.model.named_modules():

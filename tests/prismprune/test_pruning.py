@@ -15,20 +15,16 @@ from prismprune.vlm import PrunedVLM
 from tests.prismprune.families import CASES, CHECKPOINTS, MEDIA, Transformers, still
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 QUESTION, LENGTH = "What is it?", 8
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return {name: CHECKPOINTS[name](tmp_path_factory.mktemp(name)) for name in CHECKPOINTS}
-
-
-@pytest.fixture(scope="module")
-def own(checkpoints: dict[str, Path]) -> dict[str, Transformers]:
+def own(checkpoints: Callable[[str], Path]) -> dict[str, Transformers]:
     """Models and processors as their users hold them."""
-    return {name: Transformers(path) for name, path in checkpoints.items()}
+    return {name: Transformers(checkpoints(name)) for name in CHECKPOINTS}
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +48,13 @@ def test_all_tokens_change_nothing(own: dict[str, Transformers], name: str, medi
 
 @pytest.mark.parametrize(("name", "media"), [case for case in CASES if case[1] != "clip and pictures"])
 def test_it_keeps_and_says_what_a_pruned_vlm_does(
-    own: dict[str, Transformers], checkpoints: dict[str, Path], name: str, media: str
+    own: dict[str, Transformers], checkpoints: Callable[[str], Path], name: str, media: str
 ) -> None:
     """The same tokens stay as for the same media and question, and the same answer comes of them.
 
     Not where Video-LLaVA's template turns the order of the media around, by which a budget's remainders go.
     """
-    vlm = PrunedVLM.from_pretrained(checkpoints[name])
+    vlm = PrunedVLM.from_pretrained(checkpoints(name))
     expected = vlm.answer(MEDIA[name][media], QUESTION, 9, max_new_tokens=LENGTH)
     with pruned(own[name], 9) as pruning:
         ids = own[name].answer(own[name].inputs(MEDIA[name][media], QUESTION), LENGTH)
@@ -240,7 +236,7 @@ def test_a_pipeline_answers_as_ever(own: dict[str, Transformers], name: str) -> 
     content = [{"type": "image", "image": picture.image}, {"type": "text", "text": QUESTION}]
     with pruned(user, 6) as pruning:
         expected = user.answer(user.inputs([picture], QUESTION), LENGTH)
-        ask = pipeline("image-text-to-text", model=user.model, processor=user.processor)
+        ask: Any = pipeline("image-text-to-text", model=user.model, processor=user.processor)
         (said,) = ask(
             text=[{"role": "user", "content": content}],
             return_full_text=False,

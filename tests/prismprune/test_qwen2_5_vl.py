@@ -10,6 +10,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 
+from benchmarks.published import QWEN_7B, QWEN_TOWER
 from prismprune.attention import received_attention
 from prismprune.budget import TokenBudget
 from prismprune.encoding import EncodingRequest, encode
@@ -18,30 +19,18 @@ from prismprune.families.qwen2_5_vl import Qwen25VLFamily
 from prismprune.media import Clip, Picture
 from prismprune.planning import plan
 from prismprune.vlm import PrunedVLM
-from tests.prismprune.families import MEDIA, Scored, Transformers, kept
+from tests.present import present
+from tests.prismprune.families import MEDIA, Scored, Transformers, kept, parts
 from tests.prismprune.tiny import clip, picture, save_tiny_qwen
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
 
-OURS = MEDIA["qwen2_5_vl"]
+    from tests.prismprune.reference import Array
 
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_qwen(tmp_path_factory.mktemp("qwen"))
-
-
-@pytest.fixture(scope="module")
-def vlm(checkpoint: Path) -> PrunedVLM:
-    return PrunedVLM.from_pretrained(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def eager(checkpoint: Path) -> Transformers:
-    """The same checkpoint in eager attention, which gives all of its weights."""
-    return Transformers(checkpoint, attn_implementation="eager")
+CHECKPOINT = "qwen2_5_vl"
+OURS = MEDIA[CHECKPOINT]
 
 
 def in_windows(rows: int, columns: int, side: int) -> list[int]:
@@ -58,7 +47,8 @@ def in_windows(rows: int, columns: int, side: int) -> list[int]:
 @torch.inference_mode()
 def scored(eager: Transformers, patches: Any, grids: Any, monkeypatch: pytest.MonkeyPatch) -> list[Scored]:
     """Each slice's units by the weights of eager attention, in float64."""
-    tower, seen = eager.model.model.visual, []
+    tower: Any = eager.model.model.visual
+    seen: list[Array] = []
     block = tower.blocks[max(tower.config.fullatt_block_indexes)].attn
     window = tower.config.window_size // (2 * tower.config.patch_size)
     original = modeling_qwen2_5_vl.eager_attention_forward
@@ -72,7 +62,8 @@ def scored(eager: Transformers, patches: Any, grids: Any, monkeypatch: pytest.Mo
     with monkeypatch.context() as patched:
         patched.setattr(modeling_qwen2_5_vl, "eager_attention_forward", noted)
         merged = tower(patches, grid_thw=grids).pooler_output.double().numpy()
-    views, first = [], 0
+    views: list[Scored] = []
+    first = 0
     for slices, rows, columns in grids.tolist():
         order = in_windows(rows // 2, columns // 2, window)
         for _ in range(slices):
@@ -103,9 +94,7 @@ def test_the_kept_units_are_those_of_a_plain_reference(
 ) -> None:
     """Received attention over heads, windows undone, merged embeddings: of each picture and slice."""
     views = views_of(eager, OURS[media], monkeypatch)
-    chosen = kept(views, budget)
-    parts = vlm.encode(OURS[media], budget).token_map
-    assert [[*map(list, (part.salient, part.diverse))] for part in parts] == chosen
+    assert parts(vlm.encode(OURS[media], budget).token_map) == kept(views, budget)
 
 
 @pytest.mark.parametrize("media", OURS)
@@ -164,7 +153,7 @@ def test_time_between_slices_spreads_their_positions(vlm: PrunedVLM) -> None:
     """Frames twice as far apart, positions twice as far apart; the text behind follows the picture's side."""
     near = clip(6)
     far = Clip(near.frames, tuple(2 * time for time in near.times_s), near.size)
-    near_at, far_at = (vlm.encode([each]).visuals[0].positions for each in (near, far))
+    near_at, far_at = (present(vlm.encode([each]).visuals[0].positions) for each in (near, far))
     assert torch.equal(far_at.tokens[0], 2 * near_at.tokens[0])
     assert torch.equal(far_at.tokens[1:], near_at.tokens[1:])
     assert far_at.advance == near_at.advance
@@ -172,28 +161,24 @@ def test_time_between_slices_spreads_their_positions(vlm: PrunedVLM) -> None:
 
 def test_an_odd_last_frame_is_a_slice_of_its_own(vlm: PrunedVLM) -> None:
     """Five frames are three slices, told by the first frame and the time of each."""
-    parts = vlm.encode([clip(5)], 9).token_map
-    assert [(part.frame, part.time_s) for part in parts] == [(0, 0.0), (2, 1.0), (4, 2.0)]
-    assert all(part.box == (0, 0, 900, 600) for part in parts)
+    token_map = vlm.encode([clip(5)], 9).token_map
+    assert [(part.frame, part.time_s) for part in token_map] == [(0, 0.0), (2, 1.0), (4, 2.0)]
+    assert all(part.box == (0, 0, 900, 600) for part in token_map)
 
 
 def test_views_of_one_grid_share_a_run_and_others_do_not_mix(vlm: PrunedVLM) -> None:
     """Clips and pictures of two requests come back in their order, whatever was run together."""
     family = vlm._family
-    requests = [[clip(3), Picture(picture(1))], [Picture(picture(2)), clip(4, seed=3), clip(1, seed=9)]]
+    requests: list[list[Picture | Clip]] = [
+        [clip(3), Picture(picture(1))],
+        [Picture(picture(2)), clip(4, seed=3), clip(1, seed=9)],
+    ]
     together = encode(family, [EncodingRequest(tuple(media), TokenBudget(11)) for media in requests])
     for media, own in zip(requests, together, strict=True):
         alone = vlm.encode(media, 11)
         assert own.token_map == alone.token_map
         for one, other in zip(own.visuals, alone.visuals, strict=True):
             torch.testing.assert_close(one.features, other.features, atol=1e-5, rtol=1e-4)
-
-
-def _request(media: Sequence[Picture | Clip]) -> Any:
-    from prismprune.budget import TokenBudget
-    from prismprune.encoding import EncodingRequest
-
-    return EncodingRequest(tuple(media), TokenBudget(11))
 
 
 def test_scores_in_pieces_are_scores_at_once() -> None:
@@ -234,22 +219,12 @@ def test_a_picture_without_a_token_still_takes_its_place(vlm: PrunedVLM) -> None
 
 def test_true_size_is_read_at_its_last_full_block() -> None:
     """The published 7B geometry on the meta device: 32 blocks, windows of 112 px, a picture of 576 tokens."""
-    config = Qwen2_5_VLConfig(
-        vision_config={"hidden_size": 1280, "out_hidden_size": 3584, "intermediate_size": 3420},
-        text_config={
-            "hidden_size": 3584,
-            "intermediate_size": 18944,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 28,
-            "num_key_value_heads": 4,
-            "vocab_size": 152064,
-        },
-    )
+    config = Qwen2_5_VLConfig(vision_config=QWEN_TOWER, text_config=QWEN_7B)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     assert sum(parameter.numel() for parameter in model.parameters()) == pytest.approx(8.29e9, rel=0.01)
     tower = model.model.visual
-    assert max(config.vision_config.fullatt_block_indexes) == len(tower.blocks) - 1 == 31
+    assert max(tower.config.fullatt_block_indexes) == len(tower.blocks) - 1 == 31
     assert Qwen25VLFamily.visual_tokens_of(config) == 24 * 24
     patches = torch.empty(48 * 48, 3 * 2 * 14 * 14, device="meta")
     for name in sum(Qwen25VLFamily.outside.values(), ()):
@@ -259,12 +234,11 @@ def test_true_size_is_read_at_its_last_full_block() -> None:
 
 def test_windows_and_blocks_of_the_published_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """32 blocks, full attention at four of them, windows of 4 x 4 units that a picture does not fill."""
-    depth = {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
+    depth: dict[str, Any] = {"depth": 32, "fullatt_block_indexes": [7, 15, 23, 31], "window_size": 112}
     path = save_tiny_qwen(tmp_path, **depth, initializer_range=0.1)
     media = [Picture(picture(4, (210, 150)))]
     views = views_of(Transformers(path, attn_implementation="eager"), media, monkeypatch)
-    (part,) = PrunedVLM.from_pretrained(path).encode(media, 9).token_map
-    assert [[[*part.salient], [*part.diverse]]] == kept(views, 9)
+    assert parts(PrunedVLM.from_pretrained(path).encode(media, 9).token_map) == kept(views, 9)
 
 
 def test_a_plan_is_made_from_its_config(checkpoint: Path) -> None:

@@ -28,12 +28,14 @@ from prismprune import (
     select,
     selector,
 )
+from tests.present import present
 from tests.prismprune.families import CHECKPOINTS, PICTURES
 from tests.prismprune.test_selection import DTYPES, random_scores
 from tests.prismprune.tiny import picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from prismprune.families.base import Family, Pixels
 
@@ -47,9 +49,9 @@ def most(values: Array, count: int) -> list[int]:
     return sorted(range(len(values)), key=lambda i: (-np.float32(values[i]), i))[:count]
 
 
-def cosine(one: Array, other: Array) -> np.float32:
+def cosine(one: Array, other: Array) -> float:
     lengths = max(float(np.linalg.norm(one)), 1e-12) * max(float(np.linalg.norm(other)), 1e-12)
-    return np.float32(one @ other / lengths)
+    return float(np.float32(one @ other / lengths))
 
 
 def visionzip(attention: Array, features: Array, keys: Array, projected: Array, k: int) -> Reference:
@@ -124,10 +126,10 @@ def promprune(attention: Array, features: Array, keys: Array, projected: Array, 
     return sorted(salient + picked), None
 
 
-def unexplained(point: Array, picked: Array) -> np.float32:
+def unexplained(point: Array, picked: Array) -> float:
     """What is left of a point once the span of the picked ones is taken out, squared: det(L + i) / det(L)."""
     left = point - picked.T @ np.linalg.lstsq(picked.T, point, rcond=None)[0]
-    return np.float32(left @ left)
+    return float(np.float32(left @ left))
 
 
 REFERENCES: dict[str, Callable[..., Reference]] = {
@@ -164,7 +166,11 @@ def check(method: str, scores: dict[str, Tensor], k: int) -> None:
         assert found.indices[image].tolist() == kept
         assert (weights is None) == (found.weights is None)
         if weights is not None:
-            torch.testing.assert_close(found.weights[image], torch.from_numpy(weights).float())
+            torch.testing.assert_close(present(found.weights)[image], torch.from_numpy(weights).float())
+
+
+def as_scores(whole: dict[str, Tensor]) -> Scores:
+    return Scores(whole["attention"], whole["features"], keys=whole["keys"], projected=whole["projected"])
 
 
 def rest(scores: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -227,12 +233,12 @@ def test_every_method_keeps_k_in_order_whatever_the_batch(
     images, tokens = sizes
     whole = whole_scores(images, tokens, seed=seed, dtype=dtype)
     choose = selector(method)
-    found = choose(Scores(**whole), k)
-    again = choose(Scores(**whole), k)
+    found = choose(as_scores(whole), k)
+    again = choose(as_scores(whole), k)
     assert found.indices.shape == (images, min(k, tokens))
     assert torch.equal(found.indices, again.indices)
     for image in range(images):
-        alone = choose(Scores(**{name: values[image : image + 1] for name, values in whole.items()}), k)
+        alone = choose(as_scores({name: values[image : image + 1] for name, values in whole.items()}), k)
         row = found.indices[image].tolist()
         assert row == alone.indices[0].tolist() == sorted(set(row))
         assert set(row) <= set(range(tokens))
@@ -243,8 +249,9 @@ def test_a_merging_method_weighs_every_kept_token_itself_by_one(method: str) -> 
     """What is merged is added: a kept token is still in its own sum, whole."""
     scores = whole_scores(2, 60)
     found = select(scores["attention"], scores["features"], 20, method, **rest(scores))
-    assert found.weights.shape == (2, 20, 60)
-    own = found.weights.gather(2, found.indices.unsqueeze(2))
+    weights = present(found.weights)
+    assert weights.shape == (2, 20, 60)
+    own = weights.gather(2, found.indices.unsqueeze(2))
     assert torch.equal(own, torch.ones_like(own))
 
 
@@ -262,10 +269,10 @@ def test_visionzip_splits_the_budget_as_its_authors_do() -> None:
     scores = whole_scores(1, 576)
     for k, contextual in ((192, 30), (128, 20), (64, 10)):
         found = select(scores["attention"], scores["features"], k, "visionzip", **rest(scores))
-        assert int((found.weights.sum(dim=2) > 1.5).sum()) <= contextual
-        assert int((found.weights.count_nonzero(dim=2) > 1).sum()) > 0
-        total = found.weights.count_nonzero()
-        assert int(total) == 576  # nothing is lost: each token is in exactly one sum
+        weights = present(found.weights)
+        assert int((weights.sum(dim=2) > 1.5).sum()) <= contextual
+        assert int((weights.count_nonzero(dim=2) > 1).sum()) > 0
+        assert int(weights.count_nonzero()) == 576  # nothing is lost: each token is in exactly one sum
 
 
 def test_prumerge_plus_keeps_outliers_first_and_spreads_the_rest() -> None:
@@ -310,8 +317,8 @@ def test_features_stand_for_embeddings_that_are_not_given(method: str) -> None:
 def test_features_may_require_a_gradient(method: str) -> None:
     """As they do where a projector is trained behind the selection: the tokens are the same."""
     scores = whole_scores(2, 30)
-    plain = selector(method)(Scores(**scores), 9)
-    traced = selector(method)(Scores(**{name: one.requires_grad_() for name, one in scores.items()}), 9)
+    plain = selector(method)(as_scores(scores), 9)
+    traced = selector(method)(as_scores({name: one.requires_grad_() for name, one in scores.items()}), 9)
     assert torch.equal(plain.indices, traced.indices)
 
 
@@ -328,17 +335,14 @@ def test_keys_that_are_missing_are_asked_for(method: str) -> None:
 )
 def test_keys_and_embeddings_of_other_patches_are_refused(wrong: dict[str, Any]) -> None:
     """They are of the same images, heads and patches."""
-    given_too = {name: torch.zeros(shape) for name, shape in wrong.items()}
+    given_too: dict[str, Any] = {name: torch.zeros(shape) for name, shape in wrong.items()}
     with pytest.raises(InvalidScoresError):
         Scores(torch.zeros(2, 4, 9), torch.zeros(2, 9, 3), **given_too)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PrunedVLM]:
-    return {
-        name: PrunedVLM.from_pretrained(save(tmp_path_factory.mktemp(name)))
-        for name, save in CHECKPOINTS.items()
-    }
+def models(checkpoints: Callable[[str], Path]) -> dict[str, PrunedVLM]:
+    return {name: PrunedVLM.from_pretrained(checkpoints(name)) for name in CHECKPOINTS}
 
 
 @pytest.mark.parametrize("method", METHODS)

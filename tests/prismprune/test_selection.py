@@ -24,6 +24,7 @@ from prismprune import (
     selector,
 )
 from prismprune.selection.fps import FPS_STARTS, FpsStart
+from tests.present import present
 from tests.prismprune import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,7 +56,13 @@ def expected(
 
 def kept_parts(selection: Selection) -> list[tuple[list[int], list[int]]]:
     """A batched selection as the reference writes it."""
-    return list(zip(selection.salient.tolist(), selection.diverse.tolist(), strict=True))
+    salient, diverse = sides(selection)
+    return list(zip(salient.tolist(), diverse.tolist(), strict=True))
+
+
+def sides(selection: Selection) -> tuple[Tensor, Tensor]:
+    """The salient and the diverse tokens, of a method that tells them apart."""
+    return present(selection.salient), present(selection.diverse)
 
 
 def chosen(attention: Tensor, features: Tensor, k: int, method: str, **options: Any) -> Selection:
@@ -96,7 +103,7 @@ def test_prism_matches_the_reference_with_ties_and_options(
     scores: tuple[Tensor, Tensor], k: int, share: float, factor: float | None, start: FpsStart
 ) -> None:
     """Ties break to the lower raster index, in each step and under every option."""
-    options = {"salient_share": share, "pool_factor": factor, "fps_start": start}
+    options: dict[str, Any] = {"salient_share": share, "pool_factor": factor, "fps_start": start}
     selection = select(*scores, k, **options)
     assert kept_parts(selection) == expected(*scores, k, share=share, factor=factor, start=start)
 
@@ -154,16 +161,16 @@ def test_every_method_takes_degenerate_input(method: str) -> None:
 def test_salient_and_diverse_part_the_kept_tokens(k: int) -> None:
     """K_sal is K // 2 and K_div the rest, also where all are kept."""
     selection = selector("prism")(Scores(*random_scores()), k)
-    both = torch.cat([selection.salient, selection.diverse], dim=1).sort(dim=1).values
-    assert torch.equal(both, selection.indices)
-    assert selection.salient.shape[1] == min(k, 50) // 2
+    salient, diverse = sides(selection)
+    assert torch.equal(torch.cat([salient, diverse], dim=1).sort(dim=1).values, selection.indices)
+    assert salient.shape[1] == min(k, 50) // 2
 
 
 @pytest.mark.parametrize(("method", "parts"), [("saliency", (9, 0)), ("fps", (0, 9)), ("divprune", (0, 9))])
 def test_one_sided_methods_say_which_side(method: str, parts: tuple[int, int]) -> None:
     """`saliency` keeps salient tokens only, `fps` and `divprune` diverse ones only."""
-    selection = select(*random_scores(), 9, method)
-    assert (selection.salient.shape[1], selection.diverse.shape[1]) == parts
+    salient, diverse = sides(select(*random_scores(), 9, method))
+    assert (salient.shape[1], diverse.shape[1]) == parts
 
 
 @pytest.mark.parametrize("method", ["uniform", "random", "visionzip", "prumerge_plus", "promprune"])
@@ -223,7 +230,7 @@ def test_select_of_one_image_has_no_batch() -> None:
     """[H, N] and [N, d] give [K]."""
     attention, features = random_scores(1)
     selection = select(attention[0], features[0], 10)
-    assert (selection.indices.shape, selection.salient.shape, selection.diverse.shape) == ((10,), (5,), (5,))
+    assert [part.shape for part in (selection.indices, *sides(selection))] == [(10,), (5,), (5,)]
 
 
 @pytest.mark.parametrize("budget", [0, -1, "many"])

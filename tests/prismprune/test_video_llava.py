@@ -8,27 +8,15 @@ import pytest
 import torch
 
 from prismprune.families import llava
-from prismprune.vlm import PrunedVLM
-from tests.prismprune.families import MEDIA, Transformers, kept, still
-from tests.prismprune.tiny import PATCHES, clip, save_tiny_video_llava
+from tests.prismprune.families import MEDIA, kept, parts, still
+from tests.prismprune.tiny import PATCHES, clip
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from prismprune.vlm import PrunedVLM
+    from tests.prismprune.families import Transformers
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_video_llava(tmp_path_factory.mktemp("video"))
-
-
-@pytest.fixture(scope="module")
-def vlm(checkpoint: Path) -> PrunedVLM:
-    return PrunedVLM.from_pretrained(checkpoint)
-
-
-@pytest.fixture(scope="module")
-def eager(checkpoint: Path) -> Transformers:
-    return Transformers(checkpoint, attn_implementation="eager")
+CHECKPOINT = "video_llava"
 
 
 @pytest.mark.parametrize("budget", [1, 7, 15])
@@ -38,8 +26,7 @@ def test_the_kept_tokens_are_those_of_the_algorithm(
 ) -> None:
     """Each picture by its tower's CLS row, each frame by the other's; the budget is the request's."""
     expected = kept(eager.views(MEDIA["video_llava"][media]), budget)
-    token_map = vlm.encode(MEDIA["video_llava"][media], budget).token_map
-    assert [[list(part.salient), list(part.diverse)] for part in token_map] == expected
+    assert parts(vlm.encode(MEDIA["video_llava"][media], budget).token_map) == expected
 
 
 @pytest.mark.parametrize("budget", [8 * PATCHES + 7, 8 * PATCHES, 20, 5])

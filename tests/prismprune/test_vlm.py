@@ -55,7 +55,7 @@ def test_a_file_its_bytes_and_its_image_are_the_same_picture(vlm: PrunedVLM, tmp
     """Path, string, bytes, Pillow image and Picture give one answer."""
     path = tmp_path / "noise.png"
     path.write_bytes(png(picture(1)))
-    media = [path, str(path), path.read_bytes(), picture(1), Picture(picture(1))]
+    media: list[Any] = [path, str(path), path.read_bytes(), picture(1), Picture(picture(1))]
     answers = {told(vlm.answer(one, "What?", 5, max_new_tokens=6)) for one in media}
     assert len(answers) == 1
 
@@ -108,7 +108,7 @@ def test_an_empty_batch_has_no_answers(vlm: PrunedVLM) -> None:
 
 def test_text_comes_piece_by_piece_with_its_request_and_question(vlm: PrunedVLM) -> None:
     """The pieces of each question add up to its answer."""
-    pieces = {}
+    pieces: dict[tuple[int, int], str] = {}
 
     def note(place: int, question: int, text: str) -> None:
         assert text
@@ -237,5 +237,6 @@ def test_bad_input_is_refused_with_an_error_of_ours(
     vlm: PrunedVLM, arguments: dict[str, Any], error: type[PrismError]
 ) -> None:
     """Each kind of bad input has its error, before the model runs."""
+    usual: dict[str, Any] = {"media": picture(), "question": "?"}
     with pytest.raises(error):
-        vlm.answer(**{"media": picture(), "question": "?"} | arguments)
+        vlm.answer(**(usual | arguments))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -73,7 +73,7 @@ def save_tiny_llava(
     path: Path,
     *,
     tower: str = "clip",
-    strategy: str = "default",
+    strategy: Literal["default", "full"] = "default",
     layer: Any = -2,
     crop: bool = False,
     seed: int = 0,
@@ -89,7 +89,7 @@ def save_tiny_llava(
         LlavaConfig(
             vision_config=_tower(tower),
             text_config=_text(len(tokenizer)),
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            image_token_index=_id(tokenizer, "<image>"),
             vision_feature_select_strategy=strategy,
             vision_feature_layer=layer,
             image_seq_length=PATCHES,
@@ -106,7 +106,7 @@ def save_tiny_llava_next(path: Path, *, text: str = "llama", seed: int = 0, **co
     config = {
         "vision_config": _tower("clip"),
         "text_config": _text(len(tokenizer), text),
-        "image_token_index": tokenizer.convert_tokens_to_ids("<image>"),
+        "image_token_index": _id(tokenizer, "<image>"),
         "image_grid_pinpoints": PINPOINTS,
         "image_seq_length": PATCHES,
     } | config
@@ -122,8 +122,8 @@ def save_tiny_video_llava(path: Path, *, seed: int = 0, **config: Any) -> Path:
         VideoLlavaConfig(
             vision_config=_tower("clip"),
             text_config=_text(len(tokenizer)),
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+            image_token_index=_id(tokenizer, "<image>"),
+            video_token_index=_id(tokenizer, "<video>"),
             image_seq_length=PATCHES,
             **config,
         )
@@ -136,7 +136,7 @@ def save_tiny_qwen(path: Path, *, seed: int = 0, **vision: Any) -> Path:
     torch.manual_seed(seed)
     marks = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
     tokenizer = tiny_tokenizer(*marks)
-    start, end, image, video = map(tokenizer.convert_tokens_to_ids, marks)
+    start, end, image, video = (_id(tokenizer, mark) for mark in marks)
     text = _text(len(tokenizer)).to_dict() | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
     }
@@ -171,8 +171,14 @@ def _saved(path: Path, model: Any, processor: Any) -> Path:
     return path
 
 
+def _id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
+    number = tokenizer.convert_tokens_to_ids(token)
+    assert isinstance(number, int)  # of a list of tokens it is a list
+    return number
+
+
 def _tower(name: str) -> CLIPVisionConfig | Dinov2Config:
-    shape = {
+    shape: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
@@ -186,7 +192,8 @@ def _tower(name: str) -> CLIPVisionConfig | Dinov2Config:
 
 
 def _text(vocabulary: int, name: str = "llama") -> LlamaConfig | MistralConfig:
-    return {"llama": LlamaConfig, "mistral": MistralConfig}[name](
+    kinds: dict[str, type[LlamaConfig | MistralConfig]] = {"llama": LlamaConfig, "mistral": MistralConfig}
+    return kinds[name](
         vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=64,
@@ -253,7 +260,7 @@ def next_processor(tokenizer: PreTrainedTokenizerFast, edge: int) -> LlavaNextPr
 
 def video_processor(tokenizer: PreTrainedTokenizerFast, edge: int) -> VideoLlavaProcessor:
     """Video-LLaVA's own, for pictures and frames of `edge` pixels."""
-    sizes = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
+    sizes: dict[str, Any] = {"size": {"shortest_edge": edge}, "crop_size": {"height": edge, "width": edge}}
     return VideoLlavaProcessor(
         image_processor=VideoLlavaImageProcessor(**sizes),
         video_processor=VideoLlavaVideoProcessor(**sizes),

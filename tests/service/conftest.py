@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
-import socket
 import threading
 import time
-from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING, Any, Self
 
 import httpx
 import pytest
-from kombu import Connection, Queue
+import uvicorn
+from kombu.connection import Connection
+from kombu.entity import Queue
 from PIL import Image
 from redis import Redis
 
@@ -50,8 +52,12 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
     from pathlib import Path
 
-    from kombu.message import Message
+    from fastapi import FastAPI
+    from kombu.message import Message as Delivery
     from pydantic import BaseModel
+    from starlette.types import Message
+
+    MakeSettings = Callable[..., ServiceSettings]
 
 MODEL = "prism-demo"
 USAGE = Usage(
@@ -72,6 +78,10 @@ def encoded(image_format: str, width: int = 32, height: int = 24, color: str = "
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), color).save(buffer, image_format)
     return buffer.getvalue()
+
+
+MP4 = b"\x00\x00\x00\x18ftypmp42" + bytes(100)
+"""The first bytes of a video, which is all that the front end looks at."""
 
 
 def data_uri(data: bytes, media_type: str = "image/png") -> str:
@@ -122,7 +132,12 @@ class StandInWorker(threading.Thread):
     def go_on(self) -> None:
         self._taking.set()
 
-    def stop(self) -> None:
+    def __enter__(self) -> Self:
+        self.beat()
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._stopped.set()
         self.join()
         self._redis.close()
@@ -143,7 +158,7 @@ class StandInWorker(threading.Thread):
         )
         self._redis.hset(WORKERS_KEY, status.worker_id, status.model_dump_json())
 
-    def _take(self, message: Message) -> AnswerJob:
+    def _take(self, message: Delivery) -> AnswerJob:
         message.ack()
         assert message.headers["task"] == TASK_ANSWER
         job = AnswerJob.model_validate(message.payload[0][0])
@@ -191,7 +206,8 @@ class StandInWorker(threading.Thread):
 
     def _publish(self, job: AnswerJob, state: JobState, fields: dict[str, Any]) -> None:
         with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(job_key(job.id), mapping={"state": state.value, **fields})
+            for name, value in {"state": state.value, **fields}.items():
+                pipe.hset(job_key(job.id), name, value)
             pipe.publish(events_channel(job.id), JobEvent(state=state, at=time.time()).model_dump_json())
             pipe.execute()
         if state.terminal:
@@ -229,11 +245,15 @@ def media_directory(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def make_settings(broker_url: str, media_directory: Path) -> Callable[..., ServiceSettings]:
+def make_settings(broker_url: str, media_directory: Path) -> MakeSettings:
     """Makes the settings of a front end on the test's broker and store."""
 
     def make(**fields: Any) -> ServiceSettings:
-        defaults = {"broker_url": broker_url, "media_url": media_directory.as_uri(), "broker_timeout_s": 5}
+        defaults: dict[str, Any] = {
+            "broker_url": broker_url,
+            "media_url": media_directory.as_uri(),
+            "broker_timeout_s": 5,
+        }
         return ServiceSettings(**(defaults | fields))
 
     return make
@@ -242,11 +262,8 @@ def make_settings(broker_url: str, media_directory: Path) -> Callable[..., Servi
 @pytest.fixture
 def worker(broker_url: str, media_directory: Path) -> Iterator[StandInWorker]:
     """A warm stand-in for the worker of the default model."""
-    stand_in = StandInWorker(broker_url, media_directory)
-    stand_in.beat()
-    stand_in.start()
-    yield stand_in
-    stand_in.stop()
+    with StandInWorker(broker_url, media_directory) as stand_in:
+        yield stand_in
 
 
 @asynccontextmanager
@@ -261,21 +278,83 @@ async def serving(settings: ServiceSettings) -> AsyncIterator[httpx.AsyncClient]
         yield client
 
 
+@asynccontextmanager
+async def listening(settings: ServiceSettings) -> AsyncIterator[int]:
+    """The port of a front end with `settings`, in this process and its loop."""
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="warning"))
+    task = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110 -- uvicorn has no event for it
+        await asyncio.sleep(0.01)
+    try:
+        yield _port(server)
+    finally:
+        server.should_exit = True
+        await task
+
+
+@contextmanager
+def listening_in_a_thread(settings: ServiceSettings) -> Iterator[int]:
+    """The port of a front end with `settings`, in this process and a loop of its own."""
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+    try:
+        yield _port(server)
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def _port(server: uvicorn.Server) -> int:
+    return int(server.servers[0].sockets[0].getsockname()[1])
+
+
+async def until(condition: Callable[[], Any], within_s: float = 60) -> None:
+    """Waits for `condition()`; a hang becomes a failure, a slow machine does not."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 -- it is another process' state, or another thread's
+            await asyncio.sleep(0.01)
+
+
+async def exchanged(app: FastAPI, scope: dict[str, Any], *received: Message) -> list[Message]:
+    """What `app` sends to a caller of whom nothing but `scope` and these messages arrives."""
+    messages = iter(received)
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    request = {"type": "http", "headers": [], "query_string": b"", **scope}
+    async with app.router.lifespan_context(app):
+        await app(request, receive, send)
+    return sent
+
+
 @pytest.fixture
-async def client(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
-) -> AsyncIterator[httpx.AsyncClient]:
+async def client(make_settings: MakeSettings, worker: StandInWorker) -> AsyncIterator[httpx.AsyncClient]:
     """A client of a front end with default settings and a warm worker."""
     async with serving(make_settings()) as front_end:
         yield front_end
 
 
 @pytest.fixture
-def nowhere() -> str:
-    """URL of a broker that is away: a port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
+def nowhere(port: int) -> str:
+    """URL of a broker that is away."""
     return f"redis://127.0.0.1:{port}/0"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def stored(directory: Path) -> list[Path]:
+    """The files of a media store."""
+    return [path for path in directory.rglob("*") if path.is_file()]
 
 
 def problem(response: httpx.Response, status: int, slug: str) -> str:

@@ -10,18 +10,16 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.ids import new_id
+from tests.service.conftest import StandInWorker, data_uri, encoded, png, problem, question, serving
 from worker.contract import job_key, media_path
 
-from .conftest import StandInWorker, data_uri, encoded, png, problem, question, serving
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import httpx
     from redis import Redis
 
-    from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
 MP4 = b"\x00\x00\x00\x20ftypisom\x00\x00\x02\x00isomiso2avc1mp41" + bytes(64)
 
@@ -258,7 +256,7 @@ async def test_neither_question_nor_media_are_in_the_headers_of_the_queue(
 
 
 async def test_another_model_goes_to_its_own_queue(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, redis: Redis
+    make_settings: MakeSettings, worker: StandInWorker, redis: Redis
 ) -> None:
     """A model that some worker serves is accepted, whatever the default is."""
     worker.beat(model="org/other")

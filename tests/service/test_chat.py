@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 import openai
 import pytest
-import uvicorn
 
-from service.app import create_app
 from service.keys import new_key
-from tests.service.conftest import data_uri, png
+from tests.replies import state
+from tests.service.conftest import MODEL, data_uri, listening, png
+from worker.contract import JobState
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
 
     from redis import Redis
 
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
-
-MODEL = "prism-demo"
-
-
-@asynccontextmanager
-async def listening(settings: ServiceSettings) -> AsyncIterator[int]:
-    """A front end on a port of its own, in this process."""
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="warning"))
-    task = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110 -- uvicorn has no event for it
-        await asyncio.sleep(0.01)
-    try:
-        yield server.servers[0].sockets[0].getsockname()[1]
-    finally:
-        server.should_exit = True
-        await task
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 
 @pytest.fixture
-async def api(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
-) -> AsyncIterator[openai.AsyncOpenAI]:
+async def api(make_settings: MakeSettings, worker: StandInWorker) -> AsyncIterator[openai.AsyncOpenAI]:
     """The official client, unchanged."""
     del worker
     async with listening(make_settings()) as port, client(port) as official:
@@ -167,7 +146,7 @@ async def test_errors_are_openais(
 
 
 async def test_a_wait_that_runs_out_ends_the_job(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, redis: Redis
+    make_settings: MakeSettings, worker: StandInWorker, redis: Redis
 ) -> None:
     """504, never 202, and nobody goes on working."""
     async with listening(make_settings(timeout_s=0.2)) as port, client(port) as official:
@@ -175,11 +154,11 @@ async def test_a_wait_that_runs_out_ends_the_job(
             await official.chat.completions.create(model=MODEL, messages=messages(text="for ever"))
     assert (raised.value.status_code, raised.value.code) == (504, "deadline-exceeded")
     (job,) = worker.jobs
-    assert redis.hget(f"prism:job:{job.id}", "state") == "canceled"
+    assert state(redis, job.id) is JobState.CANCELED
 
 
 async def test_a_wrong_key_is_openais_authentication_error(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+    make_settings: MakeSettings, worker: StandInWorker
 ) -> None:
     """And the right one is served."""
     del worker

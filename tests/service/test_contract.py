@@ -11,16 +11,12 @@ from service import errors
 from service.errors import ServiceError
 from service.keys import new_key
 from service.settings import MIB
-from tests.service.conftest import MODEL, data_uri, png, problem, question, serving
-from tests.service.test_uploads import MP4
+from tests.service.conftest import MODEL, MP4, bearer, data_uri, png, problem, question, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import httpx
 
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 EXAMPLE: dict[str, Any] = {
     "model": MODEL,
@@ -93,11 +89,11 @@ async def test_a_video_comes_as_a_part_of_a_chat(client: httpx.AsyncClient, work
 
 
 async def test_nothing_of_anothers_job_can_be_reached(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+    make_settings: MakeSettings, worker: StandInWorker
 ) -> None:
     """Neither its state nor its events, and least of all its end."""
     (alice, alices), (bob, bobs) = new_key("alice"), new_key("bob")
-    by_alice, by_bob = ({"Authorization": f"Bearer {key}"} for key in (alice, bob))
+    by_alice, by_bob = bearer(alice), bearer(bob)
     async with serving(make_settings(api_keys=f"{alices},{bobs}")) as client:
         later = {"Prefer": "respond-async"}
         sent = question(question="for ever")
@@ -131,7 +127,7 @@ def test_every_error_has_a_slug_of_its_own() -> None:
     assert len(slugs) == len(set(slugs))
 
 
-def test_the_limits_are_those_of_the_contract(make_settings: Callable[..., ServiceSettings]) -> None:
+def test_the_limits_are_those_of_the_contract(make_settings: MakeSettings) -> None:
     """Each is a setting, and this is its default."""
     names = (
         "max_json_bytes",

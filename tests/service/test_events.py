@@ -11,18 +11,16 @@ import httpx
 import pytest
 
 from service.jobs import Jobs
-from tests.service.conftest import problem, question, serving
+from tests.replies import state
+from tests.service.conftest import MODEL, listening, problem, question, until
 from tests.service.test_chat import client as openai_client
-from tests.service.test_chat import listening, messages
-from worker.contract import CANCEL_CHANNEL, events_key, open_jobs_key
+from tests.service.test_chat import messages
+from worker.contract import CANCEL_CHANNEL, JobState, events_key, job_key, open_jobs_key
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from redis import Redis
 
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 Event = tuple[str, Any, str]
 
@@ -45,9 +43,7 @@ async def started(client: httpx.AsyncClient, text: str, **headers: str) -> str:
 
 async def state_of(redis: Redis, job_id: str, expected: str) -> None:
     """Waits until the job is in that state."""
-    async with asyncio.timeout(10):
-        while redis.hget(f"prism:job:{job_id}", "state") != expected:  # noqa: ASYNC110 -- it is Redis' state
-            await asyncio.sleep(0.01)
+    await until(lambda: state(redis, job_id) == expected)
 
 
 async def test_an_answer_is_streamed_from_queue_to_result(client: httpx.AsyncClient) -> None:
@@ -76,6 +72,7 @@ async def test_a_broken_reader_goes_on_where_it_was(client: httpx.AsyncClient) -
     """After any event, by its id; also once the job is over."""
     job_id = await started(client, "stream")
     whole = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
+    assert len(whole) == 6
     for place, (_, _, event_id) in enumerate(whole[:-1]):
         rest = await client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": event_id})
         assert parsed(rest.text) == whole[place + 1 :]
@@ -115,8 +112,8 @@ async def test_a_running_job_is_canceled(
         assert again.json() == reply.json()
         messages_heard = [heard.get_message(timeout=1) for _ in range(2)]
     assert [message["data"] for message in messages_heard if message] == [job_id]
-    assert redis.zscore(open_jobs_key("prism-demo"), job_id) is None
-    assert redis.hget(f"prism:job:{job_id}", "payload") is None
+    assert redis.zscore(open_jobs_key(MODEL), job_id) is None
+    assert redis.hget(job_key(job_id), "payload") is None
     events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
     assert events[-1][0] == "canceled"
     worker.release.set()
@@ -147,15 +144,15 @@ async def hang_up(port: int, path: str, content: dict[str, Any], **headers: str)
     [
         ("/v1/answer", question(question="for ever")),
         ("/v1/answer", question(question="for ever", stream=True)),
-        ("/v1/chat/completions", {"model": "prism-demo", "messages": messages(text="for ever")}),
+        ("/v1/chat/completions", {"model": MODEL, "messages": messages(text="for ever")}),
         (
             "/v1/chat/completions",
-            {"model": "prism-demo", "messages": messages(text="for ever"), "stream": True},
+            {"model": MODEL, "messages": messages(text="for ever"), "stream": True},
         ),
     ],
 )
 async def test_a_caller_who_hangs_up_cancels_the_job(
-    make_settings: Callable[..., ServiceSettings],
+    make_settings: MakeSettings,
     worker: StandInWorker,
     redis: Redis,
     path: str,
@@ -178,7 +175,7 @@ async def test_a_caller_who_hangs_up_cancels_the_job(
 )
 @pytest.mark.parametrize("stream", [False, True])
 async def test_whoever_may_come_back_keeps_the_job(
-    make_settings: Callable[..., ServiceSettings],
+    make_settings: MakeSettings,
     worker: StandInWorker,
     redis: Redis,
     path: str,
@@ -187,32 +184,19 @@ async def test_whoever_may_come_back_keeps_the_job(
     stream: bool,
 ) -> None:
     """With a key to find it again, or without having waited at all."""
-    chat = {"model": "prism-demo", "messages": messages(text="for ever")}
+    chat = {"model": MODEL, "messages": messages(text="for ever")}
     asked = question(question="for ever") if path == "/v1/answer" else chat
     async with listening(make_settings()) as port:
         await hang_up(port, path, asked | {"stream": stream}, **headers)
         await asyncio.sleep(0.3)
         (job,) = worker.jobs
-        assert redis.hget(f"prism:job:{job.id}", "state") == "running"
+        assert state(redis, job.id) is JobState.RUNNING
         worker.release.set()
         await state_of(redis, job.id, "succeeded")
 
 
-async def test_fifty_callers_with_one_key_make_one_job(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
-) -> None:
-    """Each gets its answer, or is told that it is being admitted."""
-    async with serving(make_settings()) as client:
-        replies = await asyncio.gather(
-            *(client.post("/v1/answer", json=question(), headers={"Idempotency-Key": "k"}) for _ in range(50))
-        )
-    assert {reply.status_code for reply in replies} <= {200, 409}
-    assert len({reply.json()["id"] for reply in replies if reply.status_code == 200}) == 1
-    assert len(worker.jobs) == 1
-
-
 async def test_a_stream_outlasts_a_broker_that_is_away_for_a_moment(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+    make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its reader waits, and misses nothing."""
     after, failures = Jobs._events_after, iter([True] * 3)
@@ -224,6 +208,6 @@ async def test_a_stream_outlasts_a_broker_that_is_away_for_a_moment(
     del worker
     async with listening(make_settings()) as port, openai_client(port) as official:
         stream = await official.chat.completions.create(
-            model="prism-demo", messages=messages(text="stream"), stream=True
+            model=MODEL, messages=messages(text="stream"), stream=True
         )
         assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "red"

@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.service.test_chat import listening
+from tests.service.conftest import listening
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -36,7 +33,7 @@ def pasted(language: str) -> list[str]:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 @pytest.mark.parametrize("command", pasted("sh"))
 async def test_a_pasted_command_is_answered(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, command: str
+    make_settings: MakeSettings, worker: StandInWorker, command: str
 ) -> None:
     """From the repository's root, where the picture is."""
     del worker
@@ -51,7 +48,7 @@ async def test_a_pasted_command_is_answered(
 
 @pytest.mark.parametrize("program", pasted("python"))
 async def test_the_pasted_program_has_its_answers(
-    make_settings: Callable[..., ServiceSettings],
+    make_settings: MakeSettings,
     worker: StandInWorker,
     monkeypatch: pytest.MonkeyPatch,
     program: str,

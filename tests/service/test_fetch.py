@@ -21,12 +21,18 @@ from service.keys import Caller
 from service.media import MediaStore, open_store
 from service.schemas import AnswerRequest
 from service.settings import ServiceSettings
-
-from .conftest import StandInWorker, png, problem, question, serving
+from tests.present import present
+from tests.service.conftest import StandInWorker, png, problem, question, serving
 
 if TYPE_CHECKING:
     import ipaddress
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
+
+    from tests.service.conftest import MakeSettings
+
+    Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+    MakeStore = Callable[..., AbstractAsyncContextManager[MediaStore]]
 
 PUBLIC = "93.184.215.14"
 HOST = "media.example.org"
@@ -36,8 +42,6 @@ SETTINGS = ServiceSettings(
     allowed_media_domains="media.example.org,*.cdn.example.org,127.0.0.1.nip.example.org",
     fetch_timeout_s=5,
 )
-
-Answer = "Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]"
 
 HOSTILE_URLS = [
     # other schemes
@@ -275,24 +279,18 @@ async def test_no_hostile_url_reaches_a_listener_on_loopback() -> None:
 
     async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-
-        class ToListener(httpcore.AnyIOBackend):
-            """Whoever is let through to port 443 of any address knocks at the listener."""
-
-            async def connect_tcp(self, host: str, _port: int, **kwargs: Any) -> httpcore.AsyncNetworkStream:
-                return await super().connect_tcp("127.0.0.1", port, **kwargs)
-
+        to_listener = Dialer(port)  # whoever is let through to an address knocks at the listener
         for url in HOSTILE_URLS:
             with pytest.raises(ServiceError):
-                await fetched(distrusting(backend=ToListener()), url)
+                await fetched(distrusting(backend=to_listener), url)
             with pytest.raises(ServiceError):
-                await fetched(distrusting(backend=ToListener()), url.replace("443", str(port)))
+                await fetched(distrusting(backend=to_listener), url.replace("443", str(port)))
         for address in ADDRESSES_NOT_PUBLIC:
             with pytest.raises(UrlNotFetchedError):
-                await fetched(distrusting(backend=ToListener(), resolve=fixed(address)))
+                await fetched(distrusting(backend=to_listener, resolve=fixed(address)))
         assert knocked == 0
         with pytest.raises(UrlNotFetchedError):  # the listener does hear those who come
-            await fetched(distrusting(backend=ToListener(), resolve=fixed(PUBLIC)))
+            await fetched(distrusting(backend=to_listener, resolve=fixed(PUBLIC)))
         assert knocked == 1
 
 
@@ -462,9 +460,7 @@ async def test_a_server_that_sends_more_than_it_said_gives_no_more_than_that(
 
 
 @pytest.fixture
-async def store(
-    authority: trustme.CA, trusting: ssl.SSLContext, broker_url: str
-) -> AsyncIterator[Callable[[Answer, float], Any]]:
+def store(authority: trustme.CA, trusting: ssl.SSLContext, broker_url: str) -> MakeStore:
     """Makes media stores whose URLs are all answered by one server, within a time."""
     from redis.asyncio import Redis
 
@@ -487,7 +483,7 @@ def asked(**media: Any) -> AnswerRequest:
     return AnswerRequest(question="What?", **media)
 
 
-async def test_media_by_url_are_judged_like_any_others(store: Callable[..., Any]) -> None:
+async def test_media_by_url_are_judged_like_any_others(store: MakeStore) -> None:
     """Fetched, told apart by their bytes, measured, stored under their hash."""
     head = f"200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(png())}"
     async with (
@@ -496,13 +492,13 @@ async def test_media_by_url_are_judged_like_any_others(store: Callable[..., Any]
     ):
         await media.keep(intakes, Caller(""))
         assert [intake.ref.media_type for intake in intakes] == ["image/png"] * 2
-        files = [intake.file for intake in intakes]
+        files = [present(intake.file) for intake in intakes]
         async with media.intake(asked(image={"id": intakes[0].ref.id}), Caller("")) as by_id:
             assert by_id[0].ref == intakes[0].ref
     assert all(file.closed for file in files)
 
 
-async def test_a_slow_drip_ends_at_the_deadline(store: Callable[..., Any]) -> None:
+async def test_a_slow_drip_ends_at_the_deadline(store: MakeStore) -> None:
     """A byte now and then keeps no fetch alive: all URLs of a request share one deadline."""
 
     async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -519,9 +515,7 @@ async def test_a_slow_drip_ends_at_the_deadline(store: Callable[..., Any]) -> No
                 pass
 
 
-async def test_by_default_nothing_is_fetched(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
-) -> None:
+async def test_by_default_nothing_is_fetched(make_settings: MakeSettings, worker: StandInWorker) -> None:
     """Media by URL are off until an operator names domains; then others are refused with their names."""
     sent = question(image={"url": "https://elsewhere.example/a.png"})
     async with serving(make_settings()) as client:

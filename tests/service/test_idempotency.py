@@ -8,17 +8,24 @@ from typing import TYPE_CHECKING
 import pytest
 
 from service.keys import new_key
+from tests.service.conftest import (
+    MODEL,
+    StandInWorker,
+    bearer,
+    data_uri,
+    encoded,
+    png,
+    problem,
+    question,
+    serving,
+)
 from worker.contract import queue_name
 
-from .conftest import MODEL, StandInWorker, data_uri, encoded, png, problem, question, serving
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import httpx
     from redis import Redis
 
-    from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
 KEY = {"Idempotency-Key": "same"}
 LATER = {"Prefer": "respond-async"}
@@ -57,7 +64,7 @@ async def test_the_same_bytes_are_the_same_media_however_they_come(
 
 
 async def test_a_refused_request_leaves_its_key_free(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, redis: Redis
+    make_settings: MakeSettings, worker: StandInWorker, redis: Redis
 ) -> None:
     """A full queue, say; when there is room the same key works. A key that has its job needs no room."""
     worker.pause()
@@ -84,7 +91,7 @@ async def test_after_a_refusal_the_key_may_be_used_for_something_else(
 
 
 async def test_a_full_queue_stores_no_media(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, redis: Redis
+    make_settings: MakeSettings, worker: StandInWorker, redis: Redis
 ) -> None:
     """It refuses before the bytes are written."""
     worker.pause()
@@ -97,11 +104,11 @@ async def test_a_full_queue_stores_no_media(
 
 
 async def test_jobs_and_keys_belong_to_the_key_that_made_them(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+    make_settings: MakeSettings, worker: StandInWorker
 ) -> None:
     """Another's job is 404 in the words for no job at all; another's idempotency key is another key."""
     (alice, alices), (bob, bobs) = new_key("alice"), new_key("bob")
-    by_alice, by_bob = ({"Authorization": f"Bearer {key}"} for key in (alice, bob))
+    by_alice, by_bob = bearer(alice), bearer(bob)
     async with serving(make_settings(api_keys=f"{alices},{bobs}")) as client:
         mine = (await client.post("/v1/answer", json=question(), headers=by_alice | KEY)).json()["id"]
         assert (await client.get(f"/v1/jobs/{mine}", headers=by_alice)).status_code == 200

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,21 +26,15 @@ from service.keys import ApiKeys, Caller, is_loopback, key_hash, main, may_liste
 from service.middleware import OPEN
 from service.rates import RateLimit
 from service.settings import ANYONE, ListenSettings
-
-from .conftest import StandInWorker, png, problem, question, serving
+from tests.service.conftest import StandInWorker, bearer, exchanged, png, problem, question, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-    from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
 KEY, LINE = new_key("alice")
 OTHER_KEY, OTHER_LINE = new_key("bob")
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 def test_a_key_is_random_and_its_line_holds_only_the_hash() -> None:
@@ -98,7 +91,7 @@ def test_two_keys_of_one_name_are_one_owner() -> None:
 
 
 async def test_every_route_but_the_probes_asks_for_a_key(
-    make_settings: Callable[..., ServiceSettings],
+    make_settings: MakeSettings,
 ) -> None:
     """Whatever the application serves, the documentation, its files and paths that lead nowhere included."""
     settings = make_settings(api_keys=LINE)
@@ -121,7 +114,7 @@ async def test_every_route_but_the_probes_asks_for_a_key(
         assert (await client.get("/version", headers=bearer(KEY))).status_code == 200
 
 
-async def test_a_refused_body_is_not_read(make_settings: Callable[..., ServiceSettings]) -> None:
+async def test_a_refused_body_is_not_read(make_settings: MakeSettings) -> None:
     """A stranger costs a header's time."""
     read = []
 
@@ -135,7 +128,7 @@ async def test_a_refused_body_is_not_read(make_settings: Callable[..., ServiceSe
     assert read == []
 
 
-async def test_openai_clients_read_their_own_error(make_settings: Callable[..., ServiceSettings]) -> None:
+async def test_openai_clients_read_their_own_error(make_settings: MakeSettings) -> None:
     """On the chat route errors have OpenAI's shape, also those from before the route."""
     async with serving(make_settings(api_keys=LINE)) as client:
         body = (await client.post("/v1/chat/completions", json={})).json()
@@ -143,9 +136,7 @@ async def test_openai_clients_read_their_own_error(make_settings: Callable[..., 
     assert body["error"]["type"] == "authentication_error"
 
 
-async def test_keys_come_from_a_file_too(
-    make_settings: Callable[..., ServiceSettings], tmp_path: Path
-) -> None:
+async def test_keys_come_from_a_file_too(make_settings: MakeSettings, tmp_path: Path) -> None:
     """One line a key; comments and empty lines are left out."""
     (tmp_path / "keys").write_text(f"# who may ask\n{LINE}\n\n{OTHER_LINE}\n")
     async with serving(make_settings(api_keys_file=tmp_path / "keys")) as client:
@@ -198,27 +189,11 @@ def test_beyond_loopback_needs_keys_or_many_words(host: str, alone: bool) -> Non
     ],
 )
 async def test_however_it_was_started_strangers_are_refused(
-    make_settings: Callable[..., ServiceSettings], server: tuple[str, int | None] | None, allowed: bool
+    make_settings: MakeSettings, server: tuple[str, int | None] | None, allowed: bool
 ) -> None:
     """Under another ASGI server the address that a connection came in at decides; not to know it refuses."""
-    app, sent = create_app(make_settings()), []
-
-    async def receive() -> dict[str, Any]:
-        return {"type": "http.request"}
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
-    scope = {
-        "type": "http",
-        "method": "GET",
-        "path": "/version",
-        "headers": [],
-        "query_string": b"",
-        "server": server,
-    }
-    async with app.router.lifespan_context(app):
-        await app(scope, receive, send)
+    scope = {"method": "GET", "path": "/version", "server": server}
+    sent = await exchanged(create_app(make_settings()), scope, {"type": "http.request"})
     assert sent[0]["status"] == (200 if allowed else 401)
 
 
@@ -250,10 +225,10 @@ def test_a_bad_setting_is_named_by_the_start_command(tmp_path: Path) -> None:
     assert KEY not in said
 
 
-def test_the_start_command_serves_with_keys_and_logs_lines_of_json(tmp_path: Path, broker_url: str) -> None:
+def test_the_start_command_serves_with_keys_and_logs_lines_of_json(
+    tmp_path: Path, broker_url: str, port: int
+) -> None:
     """It listens where it was told, asks for the key, and every line it writes is an object."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     environment = {
         "PRISM_HOST": "0.0.0.0",
         "PRISM_PORT": str(port),
@@ -282,7 +257,7 @@ def test_the_start_command_serves_with_keys_and_logs_lines_of_json(tmp_path: Pat
 
 
 async def test_a_name_may_post_so_many_at_once_and_so_many_a_minute(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+    make_settings: MakeSettings, worker: StandInWorker
 ) -> None:
     """Beyond, 429 with the second from which it passes; reading is free, and others are not concerned."""
     limits = {"rate_per_minute": 6, "rate_burst": 3}
@@ -293,11 +268,11 @@ async def test_a_name_may_post_so_many_at_once_and_so_many_a_minute(
         assert (await client.get("/version", headers=bearer(KEY))).status_code == 200
         other = await client.post("/v1/answer", json=question(), headers=bearer(OTHER_KEY))
     problem(refused, 429, "rate-limited")
-    assert 1 <= int(refused.headers["retry-after"]) <= 10
+    assert int(refused.headers["retry-after"]) in range(1, 11)
     assert other.status_code == 200
 
 
-async def test_the_allowance_comes_back_with_time(make_settings: Callable[..., ServiceSettings]) -> None:
+async def test_the_allowance_comes_back_with_time(make_settings: MakeSettings) -> None:
     """A request costs 60 / rate seconds; refused ones cost nothing, and soon the next one passes."""
     settings = make_settings(rate_per_minute=600, rate_burst=2)
     async with Redis.from_url(settings.broker_url, decode_responses=True) as redis:
@@ -320,9 +295,7 @@ async def test_the_allowance_comes_back_with_time(make_settings: Callable[..., S
         assert await redis.ttl("prism:rate:alice") > 0
 
 
-async def test_without_keys_nobody_is_limited(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
-) -> None:
+async def test_without_keys_nobody_is_limited(make_settings: MakeSettings, worker: StandInWorker) -> None:
     """Callers cannot be told apart: a limit for all of them would let one stop the others."""
     async with serving(make_settings(rate_per_minute=1, rate_burst=1)) as client:
         for _ in range(3):
@@ -330,7 +303,7 @@ async def test_without_keys_nobody_is_limited(
 
 
 async def test_media_belong_to_the_key_that_sent_them(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+    make_settings: MakeSettings, worker: StandInWorker
 ) -> None:
     """To another key they are 404, in the words for media that nobody sent; who sends them too has them."""
     async with serving(make_settings(api_keys=f"{LINE},{OTHER_LINE}")) as client:

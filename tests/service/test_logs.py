@@ -13,13 +13,12 @@ from anyio import to_thread
 from service.ids import new_id
 from service.keys import new_key
 from service.logs import REQUEST_ID, JsonLines, TextLines, configure, without_content
-
-from .conftest import StandInWorker, png, problem, question, serving
+from tests.service.conftest import StandInWorker, bearer, png, problem, question, serving
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator
+    from collections.abc import AsyncIterator, Iterator
 
-    from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
 SECRET = "the-" + "quick-brown-fox"
 
@@ -36,13 +35,16 @@ def root_logger() -> Iterator[logging.Logger]:
 
 def failed() -> BaseException:
     """An error that quotes what a caller said, as does the one that caused it."""
-    try:
+
+    def fail() -> None:
         try:
             int(SECRET)
         except ValueError as error:
             raise RuntimeError(SECRET) from error
-    except RuntimeError as error:
-        return error
+
+    with pytest.raises(RuntimeError) as raised:
+        fail()
+    return raised.value
 
 
 def record(error: BaseException | None = None) -> logging.LogRecord:
@@ -89,7 +91,7 @@ async def test_a_thread_that_works_for_a_request_logs_its_id() -> None:
 
 
 async def test_what_callers_say_is_not_logged(
-    make_settings: Callable[..., ServiceSettings],
+    make_settings: MakeSettings,
     worker: StandInWorker,
     root_logger: logging.Logger,
     capsys: pytest.CaptureFixture[str],
@@ -98,7 +100,7 @@ async def test_what_callers_say_is_not_logged(
     key, line = new_key("alice")
     settings = make_settings(log_format="json", log_level="debug", api_keys=line)
     configure(settings)
-    headers = {"Authorization": f"Bearer {key}", "Idempotency-Key": SECRET, "X-Request-Id": "find-me"}
+    headers = bearer(key) | {"Idempotency-Key": SECRET, "X-Request-Id": "find-me"}
     async with serving(settings) as client:
         for fields in ({}, {"token_budget": 0}, {"image": {"url": f"https://{SECRET}.example/"}}):
             await client.post("/v1/answer", json=question(question=SECRET, **fields), headers=headers)
@@ -127,12 +129,12 @@ async def silent() -> AsyncIterator[str]:
 
 @pytest.mark.parametrize("keys", [True, False])
 async def test_a_silent_broker_is_503_everywhere(
-    make_settings: Callable[..., ServiceSettings], silent: str, keys: bool
+    make_settings: MakeSettings, silent: str, keys: bool
 ) -> None:
     """Frozen or black-holed rather than closed: every route that needs it says so, none waits for it."""
     key, line = new_key("alice")
     settings = make_settings(broker_url=silent, broker_timeout_s=0.2, api_keys=line if keys else "")
-    headers = {"Authorization": f"Bearer {key}"} if keys else {}
+    headers = bearer(key) if keys else {}
     async with serving(settings) as client, asyncio.timeout(30):
         for method, path, sent in (
             ("POST", "/v1/answer", {"json": question()}),

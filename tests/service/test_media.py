@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.media import IMAGE_TYPES, VIDEO_TYPES, sniff
-
-from .conftest import encoded
+from tests.service.conftest import encoded
 
 
 @pytest.mark.parametrize(

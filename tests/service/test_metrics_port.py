@@ -11,20 +11,11 @@ import pytest
 from tests.service.conftest import serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
-
-
-@pytest.fixture
-def port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 
 async def test_metrics_move_to_a_port_of_their_own(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, port: int
+    make_settings: MakeSettings, worker: StandInWorker, port: int
 ) -> None:
     """They are there without a key, count what the other port did, and are gone from it and at the end."""
     key = f"me:{'0' * 64}"
@@ -42,7 +33,7 @@ async def test_metrics_move_to_a_port_of_their_own(
             await scraper.get("/metrics")
 
 
-async def test_a_port_in_use_is_told_at_start(make_settings: Callable[..., ServiceSettings]) -> None:
+async def test_a_port_in_use_is_told_at_start(make_settings: MakeSettings) -> None:
     """A front end that cannot be watched does not serve."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         settings = make_settings(metrics_port=taken.getsockname()[1])

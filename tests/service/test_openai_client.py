@@ -9,19 +9,15 @@ import openai
 import pytest
 
 from service.keys import new_key
-from tests.service.conftest import data_uri, png
-from tests.service.test_chat import MODEL, client, listening, messages
-from worker.contract import JobState, job_key, queue_name
+from tests.replies import state
+from tests.service.conftest import MODEL, data_uri, listening, png, until
+from tests.service.test_chat import client, messages
+from worker.contract import JobState, queue_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from redis import Redis
 
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
-
-    MakeSettings = Callable[..., ServiceSettings]
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 
 async def test_the_synchronous_client_does_all_that_the_other_does(
@@ -105,8 +101,7 @@ async def test_a_client_that_loses_patience_ends_its_job(
             await official.with_options(timeout=0.5).chat.completions.create(
                 model=MODEL, messages=messages(text="for ever")
             )
-        while not worker.jobs or redis.hget(job_key(worker.jobs[0].id), "state") != JobState.CANCELED:  # noqa: ASYNC110 -- nothing tells
-            await asyncio.sleep(0.01)
+        await until(lambda: worker.jobs and state(redis, worker.jobs[0].id) is JobState.CANCELED)
 
 
 async def test_a_body_that_is_no_json_is_openais_bad_request(

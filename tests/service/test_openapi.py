@@ -9,19 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import uvicorn
-
-from service.app import create_app
 from service.keys import new_key
+from tests.service.conftest import listening_in_a_thread
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from fastapi import FastAPI
-
-    from service.settings import ServiceSettings
-
-    from .conftest import StandInWorker
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 ASKED = 12
 """Generated requests an operation in the phases of fuzzing; `st run` by hand takes as many as wanted."""
@@ -37,21 +31,6 @@ include-name = "GET /v1/jobs/{job_id}/events"
 checks.positive_data_acceptance.expected-statuses = ["2xx", 404, 422]
 """
 BEAT_S = 2.0
-
-
-@contextmanager
-def listening(app: FastAPI) -> Iterator[str]:
-    """The URL of a server in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @contextmanager
@@ -73,16 +52,16 @@ def beating(worker: StandInWorker) -> Iterator[None]:
 
 
 def test_the_service_is_what_its_document_says(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, tmp_path: Path
+    make_settings: MakeSettings, worker: StandInWorker, tmp_path: Path
 ) -> None:
     """All of schemathesis' checks: statuses, types, headers, bodies, keys, refusals, and never a 5xx."""
     key, line = new_key("schemathesis")
     settings = make_settings(api_keys=(line,), rate_per_minute=0, timeout_s=0.2, max_timeout_s=0.2)
     config = tmp_path / "schemathesis.toml"
     config.write_text(CONFIG)
-    with beating(worker), listening(create_app(settings)) as url:
+    with beating(worker), listening_in_a_thread(settings) as port:
         st = [str(Path(sys.executable).with_name("st")), f"--config-file={config}"]
-        command = [*st, "run", f"{url}/openapi.json", "--checks=all"]
+        command = [*st, "run", f"http://127.0.0.1:{port}/openapi.json", "--checks=all"]
         options = ["--seed=1", "--generation-deterministic", f"--max-examples={ASKED}", "--no-color"]
         done = subprocess.run(
             [*command, *options, "-H", f"Authorization: Bearer {key}"],

@@ -15,17 +15,25 @@ from pydantic import ValidationError
 from service.app import create_app
 from service.ids import new_id
 from service.schemas import AnswerRequest
+from tests.service.conftest import (
+    StandInWorker,
+    data_uri,
+    encoded,
+    exchanged,
+    png,
+    problem,
+    question,
+    serving,
+    stored,
+)
 from worker.contract import MAX_TOKEN_BUDGET
 
-from .conftest import StandInWorker, data_uri, encoded, png, problem, question, serving
-
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import httpx
 
-    from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
 ABSENT = object()
 
@@ -38,11 +46,6 @@ def png_header(width: int, height: int) -> bytes:
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
         for name, data in chunks
     )
-
-
-def stored(directory: Path) -> list[Path]:
-    """The files of a media store."""
-    return [path for path in directory.rglob("*") if path.is_file()]
 
 
 def replace_by_a_file(directory: Path) -> None:
@@ -144,8 +147,10 @@ async def test_a_wrong_field_is_named(
 )
 def test_a_budget_is_a_whole_number_in_range_or_all(budget: object) -> None:
     """In JSON nothing else is a budget: no text, no fraction, no truth value."""
-    whole = isinstance(budget, int) and not isinstance(budget, bool)
-    valid = budget is None or budget == "all" or (whole and 1 <= budget <= MAX_TOKEN_BUDGET)
+    if isinstance(budget, int) and not isinstance(budget, bool):
+        valid = 1 <= budget <= MAX_TOKEN_BUDGET
+    else:
+        valid = budget in (None, "all")
     body = json.dumps(question(token_budget=budget))
     if valid:
         assert AnswerRequest.model_validate_json(body).token_budget == budget
@@ -208,9 +213,7 @@ async def test_a_picture_is_no_video(client: httpx.AsyncClient) -> None:
     assert "video: image/png is none of video/mp4" in problem(response, 415, "unsupported-media-type")
 
 
-async def test_a_file_has_a_limit_of_its_own(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
-) -> None:
+async def test_a_file_has_a_limit_of_its_own(make_settings: MakeSettings, worker: StandInWorker) -> None:
     """An image over its limit is refused within a body that is not, in both encodings."""
     async with serving(make_settings(max_image_bytes=1000)) as client:
         large = encoded("BMP")
@@ -222,11 +225,11 @@ async def test_a_file_has_a_limit_of_its_own(
 
 @pytest.mark.parametrize("limit", ["max_images", "max_questions", "max_new_tokens", "max_sampled_frames"])
 async def test_an_operator_may_lower_the_limits(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, limit: str
+    make_settings: MakeSettings, worker: StandInWorker, limit: str
 ) -> None:
     """Each limit is a setting that holds; none can be raised over what the contract allows."""
     image = data_uri(png())
-    more_than_one = {
+    more_than_one: dict[str, dict[str, Any]] = {
         "max_images": {"image": None, "images": [image, image]},
         "max_questions": {"question": None, "questions": ["a", "b"]},
         "max_new_tokens": {"max_new_tokens": 2},
@@ -333,7 +336,7 @@ async def test_unknown_routes_and_methods_are_problems_too(client: httpx.AsyncCl
 @pytest.mark.parametrize("declared", [True, False])
 @pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
 async def test_a_body_over_its_limit_is_413(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, kind: str, declared: bool
+    make_settings: MakeSettings, worker: StandInWorker, kind: str, declared: bool
 ) -> None:
     """By its declared length or, in chunks, by what has come; each encoding has its own limit."""
     limit = 2000 if kind == "application/json" else 3000
@@ -349,9 +352,7 @@ async def test_a_body_over_its_limit_is_413(
     assert problem(response, 413, "body-too-large") == f"The body may have at most {limit} bytes."
 
 
-async def test_a_broker_that_is_away_is_503(
-    make_settings: Callable[..., ServiceSettings], nowhere: str
-) -> None:
+async def test_a_broker_that_is_away_is_503(make_settings: MakeSettings, nowhere: str) -> None:
     """Questions and jobs say so and when to try again; bad input is still bad input."""
     async with serving(make_settings(broker_url=nowhere)) as client:
         for response in (
@@ -365,7 +366,7 @@ async def test_a_broker_that_is_away_is_503(
 
 
 async def test_without_a_worker_jobs_queue_until_the_grace_period_is_over(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+    make_settings: MakeSettings, worker: StandInWorker
 ) -> None:
     """A front end that has just started waits for its first worker; one long gone is 503."""
     headers = {"Prefer": "respond-async"}
@@ -379,7 +380,7 @@ async def test_without_a_worker_jobs_queue_until_the_grace_period_is_over(
 
 
 async def test_a_media_store_that_is_away_is_503(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, media_directory: Path
+    make_settings: MakeSettings, worker: StandInWorker, media_directory: Path
 ) -> None:
     """The detail names neither path nor bucket."""
     async with serving(make_settings()) as client:
@@ -407,23 +408,16 @@ async def test_an_unexpected_error_tells_nothing_but_its_id(
 
 
 async def test_a_caller_who_leaves_while_sending_is_no_error_of_ours(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, caplog: pytest.LogCaptureFixture
+    make_settings: MakeSettings, worker: StandInWorker, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The connection closes before the body is complete: nothing is enqueued, nothing is logged as failed."""
-    app, sent = create_app(make_settings()), []
-    messages = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
-
-    async def receive() -> dict[str, Any]:
-        return next(messages)
-
-    async def send(message: dict[str, Any]) -> None:
-        sent.append(message)
-
     headers = [(b"content-type", b"application/json"), (b"content-length", b"1000")]
-    scope = {"type": "http", "method": "POST", "path": "/v1/answer", "headers": headers, "query_string": b""}
-    scope["server"] = ("127.0.0.1", 8000)
-    async with app.router.lifespan_context(app):
-        await app(scope, receive, send)
+    sent = await exchanged(
+        create_app(make_settings()),
+        {"method": "POST", "path": "/v1/answer", "headers": headers, "server": ("127.0.0.1", 8000)},
+        {"type": "http.request", "body": b"{", "more_body": True},
+        {"type": "http.disconnect"},
+    )
     assert sent[0]["status"] == 400
     assert "failed" not in caplog.text
     assert worker.jobs == []
@@ -432,7 +426,7 @@ async def test_a_caller_who_leaves_while_sending_is_no_error_of_ours(
 @pytest.mark.parametrize("given_id", ["a b", "x" * 129, "", 'a"b', "ä"])
 async def test_a_harmful_request_id_is_replaced(client: httpx.AsyncClient, given_id: str) -> None:
     """What could break a log line never reaches it."""
-    response = await client.get("/livez", headers={"X-Request-Id": given_id.encode()})
+    response = await client.get("/livez", headers=[(b"X-Request-Id", given_id.encode())])
     assert response.headers["x-request-id"].startswith("req_")
 
 

@@ -7,9 +7,8 @@ import os
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import psutil
 import pytest
@@ -22,9 +21,8 @@ from service.serve.errors import ChildFailedError, DataDirectoryError, PortInUse
 from service.serve.machine import claim, free_ports, require_free_port
 from service.serve.settings import ServeSettings
 from service.serve.tree import Command, ProcessTree
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from tests.present import present
+from tests.service.conftest import until
 
 FOREVER = "import time; time.sleep(600)"
 STUBBORN = (
@@ -34,20 +32,12 @@ STUBBORN = (
 PARENT = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {FOREVER!r}]); {FOREVER}"
 
 
-def python(name: str, code: str, **options: object) -> Command:
+def python(name: str, code: str, **options: Any) -> Command:
     return Command(name, (sys.executable, "-c", code), **options)
 
 
 def descendants() -> list[psutil.Process]:
     return [each for each in psutil.Process().children(recursive=True) if each.is_running()]
-
-
-async def eventually(condition: Callable[[], bool], within_s: float = 60) -> None:
-    """Wait for `condition()`; a hang becomes a failure, a slow machine does not."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.02)
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -98,7 +88,7 @@ time.sleep(600)
     async def start_up(tree: ProcessTree) -> None:
         for name in ("broker", "worker", "front end"):
             await tree.start(Command(name, (sys.executable, "-c", code, str(order), name)))
-        await eventually(lambda: len(list(tmp_path.iterdir())) == 3)
+        await until(lambda: len(list(tmp_path.iterdir())) == 3)
         tree.interrupt()
 
     async with ProcessTree() as tree:
@@ -112,7 +102,7 @@ async def test_what_a_child_started_goes_with_it() -> None:
 
     async def start_up(tree: ProcessTree) -> None:
         await tree.start(python("worker", PARENT))
-        await eventually(lambda: len(set(descendants()) - before) == 3)  # the guard, the child, its child
+        await until(lambda: len(set(descendants()) - before) == 3)  # the guard, the child, its child
         tree.interrupt()
 
     seen: list[psutil.Process] = []
@@ -120,7 +110,7 @@ async def test_what_a_child_started_goes_with_it() -> None:
         await tree.supervise(start_up(tree))
         seen = [each for each in descendants() if each not in before]
     assert len(seen) == 3
-    await eventually(lambda: gone(seen))
+    await until(lambda: gone(seen))
 
 
 async def test_a_second_interrupt_does_not_wait_for_a_stubborn_child(
@@ -128,16 +118,17 @@ async def test_a_second_interrupt_does_not_wait_for_a_stubborn_child(
 ) -> None:
     """Ctrl-C twice ends a child that ignores SIGTERM, long before its patience is over."""
     monkeypatch.setattr("service.serve.tree.ECHO_S", -1)
-    log = tmp_path / "log"
+    log, before = tmp_path / "log", set(descendants())
 
     async def start_up(tree: ProcessTree) -> None:
         await tree.start(python("worker", STUBBORN, log=log, patience_s=3600))
-        await eventually(lambda: log.read_text() == "up\n")
+        await until(lambda: log.read_text() == "up\n")
         tree.interrupt()
         tree.interrupt()
 
     async with ProcessTree() as tree:
         await tree.supervise(start_up(tree))
+    assert set(descendants()) <= before
 
 
 async def test_an_echo_of_the_first_interrupt_is_not_a_second_one() -> None:
@@ -150,15 +141,16 @@ async def test_an_echo_of_the_first_interrupt_is_not_a_second_one() -> None:
 
 async def test_a_stubborn_child_is_killed_when_its_patience_is_over(tmp_path: Path) -> None:
     """A worker that does not finish its job in time does not keep the terminal."""
-    log = tmp_path / "log"
+    log, before = tmp_path / "log", set(descendants())
 
     async def start_up(tree: ProcessTree) -> None:
         await tree.start(python("worker", STUBBORN, log=log, patience_s=0.05))
-        await eventually(lambda: log.read_text() == "up\n")
+        await until(lambda: log.read_text() == "up\n")
         tree.interrupt()
 
     async with ProcessTree() as tree:
         await tree.supervise(start_up(tree))
+    assert set(descendants()) <= before
 
 
 async def test_a_step_that_fails_ends_the_tree() -> None:
@@ -219,13 +211,13 @@ async def test_nothing_outlives_a_supervisor_that_was_killed() -> None:
         [sys.executable, "-c", SUPERVISOR], stdout=subprocess.PIPE
     )
     tree = psutil.Process(supervisor.pid)
-    await eventually(lambda: len(tree.children(recursive=True)) == 4)
+    await until(lambda: len(tree.children(recursive=True)) == 4)
     assert supervisor.stdout
     assert supervisor.stdout.readline() == b"up\n"
     family = tree.children(recursive=True)
     supervisor.kill()
     supervisor.wait()
-    await eventually(lambda: gone(family))
+    await until(lambda: gone(family))
 
 
 def serve(tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -293,11 +285,9 @@ def test_the_password_is_on_no_command_line_and_in_the_childrens_environment(tmp
     planned = stack.Stack.plan(ServeSettings(data_dir=tmp_path))
     for command in (planned.broker(), planned.worker(), planned.front_end()):
         assert not any(planned.password in each for each in command.argv)
-    assert planned.password in planned.worker().environment["PRISM_BROKER_URL"]
-    assert (
-        planned.front_end()
-        .environment["PRISM_METRICS_UPSTREAMS"]
-        .endswith(f":{planned.worker().environment['PRISM_WORKER_METRICS_PORT']}/metrics")
+    assert planned.password in present(planned.worker().environment)["PRISM_BROKER_URL"]
+    assert present(planned.front_end().environment)["PRISM_METRICS_UPSTREAMS"].endswith(
+        f":{present(planned.worker().environment)['PRISM_WORKER_METRICS_PORT']}/metrics"
     )
 
 
@@ -305,12 +295,12 @@ def test_where_keys_are_asked_for_the_program_has_one_of_its_own(tmp_path: Path)
     """It waits for `/healthz`; its key is drawn anew at each start, beside the operator's."""
     _, line = new_key("alice")
     planned = stack.Stack.plan(ServeSettings(data_dir=tmp_path, api_keys=line))
-    lines = planned.front_end().environment["PRISM_API_KEYS"].split(",")
+    lines = present(planned.front_end().environment)["PRISM_API_KEYS"].split(",")
     assert lines[0] == line
     assert ApiKeys(lines).caller(f"Bearer {planned.key}").owner == "make-serve"
-    assert not any(planned.key in each for each in planned.front_end().environment.values())
+    assert not any(planned.key in each for each in present(planned.front_end().environment).values())
     keyless = stack.Stack.plan(ServeSettings(data_dir=tmp_path))
-    assert "PRISM_API_KEYS" not in keyless.front_end().environment
+    assert "PRISM_API_KEYS" not in present(keyless.front_end().environment)
 
 
 def test_beyond_loopback_it_starts_nothing_without_keys(tmp_path: Path) -> None:
@@ -334,12 +324,10 @@ def test_the_users_other_settings_reach_the_children(tmp_path: Path, monkeypatch
     """`PRISM_MAX_BATCH=2 make serve` is the worker's business and arrives there."""
     monkeypatch.setenv("PRISM_MAX_BATCH", "2")
     planned = stack.Stack.plan(ServeSettings(data_dir=tmp_path))
-    assert planned.worker().environment["PRISM_MAX_BATCH"] == "2"
+    assert present(planned.worker().environment)["PRISM_MAX_BATCH"] == "2"
 
 
-@given(
-    name=st.text(st.characters(exclude_characters="\0/", exclude_categories=("Cs",)), min_size=1, max_size=20)
-)
+@given(name=st.text(st.characters(codec="utf-8", exclude_characters="\0/"), min_size=1, max_size=20))
 def test_a_path_with_quotes_and_spaces_stays_one_value_of_the_brokers_file(name: str) -> None:
     """Quotes and backslashes are escaped, so that the data directory may be called anything."""
     quoted = stack._quoted(Path("/data") / name)

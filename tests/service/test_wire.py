@@ -6,37 +6,26 @@ import http.client
 import json
 import shutil
 import subprocess
-import threading
 from typing import TYPE_CHECKING
 
 import pytest
-import uvicorn
 
-from service.app import create_app
-
-from .conftest import StandInWorker, png, question
+from tests.service.conftest import StandInWorker, listening_in_a_thread, png, question
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from service.settings import ServiceSettings
+    from tests.service.conftest import MakeSettings
 
 LIMIT = 200_000
 
 
 @pytest.fixture
-def port(make_settings: Callable[..., ServiceSettings], worker: StandInWorker) -> Iterator[int]:
+def port(make_settings: MakeSettings, worker: StandInWorker) -> Iterator[int]:
     """Port of a server with small limits, which runs in a thread."""
-    app = create_app(make_settings(max_json_bytes=LIMIT, max_multipart_bytes=LIMIT))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-    yield server.servers[0].sockets[0].getsockname()[1]
-    server.should_exit = True
-    thread.join()
+    with listening_in_a_thread(make_settings(max_json_bytes=LIMIT, max_multipart_bytes=LIMIT)) as listens_at:
+        yield listens_at
 
 
 def answer(connection: http.client.HTTPConnection) -> tuple[int, dict[str, object]]:

@@ -9,14 +9,11 @@ from redis import Redis
 from tests.service.conftest import question, serving
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from service.settings import ServiceSettings
-    from tests.service.conftest import StandInWorker
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 
 async def test_heartbeats_are_not_read_for_every_request(
-    make_settings: Callable[..., ServiceSettings], worker: StandInWorker, broker_url: str
+    make_settings: MakeSettings, worker: StandInWorker, broker_url: str
 ) -> None:
     """A model whose worker was seen a moment ago is taken to be served: 64 heartbeats are not parsed anew."""
     worker.beat(model="other")

@@ -7,15 +7,13 @@ from dataclasses import replace
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-import av
-import numpy as np
 import pytest
 from PIL import Image
 
 from prismprune import MediaTooLargeError, TokenBudget
-from prismprune.media import DEFAULT_LIMITS
+from prismprune.media import DEFAULT_LIMITS, Clip
 from prismprune.results import PartMap
-from tests.worker.conftest import answer, stored
+from tests.worker.conftest import answer, stored, video
 from worker.answering import answer_result, decode, visual_request
 from worker.contract import AnswerResult, FrameSampling, Generation, PrismOptions
 from worker.engine import Answered
@@ -23,12 +21,8 @@ from worker.settings import WorkerSettings
 from worker.store import MediaStore
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
+    from tests.worker.conftest import MakeJob
     from worker.contract import AnswerJob
-
-    MakeJob = Callable[..., AnswerJob]
 
 
 def result_of(job: AnswerJob, *answers: Any) -> AnswerResult:
@@ -147,21 +141,11 @@ def test_media_are_held_to_the_workers_limits(make_job: MakeJob, media_url: str)
         decode(job, store, WorkerSettings(media_url=media_url, max_image_pixels=1199).media_limits)
 
 
-def test_a_video_is_decoded_with_the_jobs_sampling(make_job: MakeJob, media_url: str, tmp_path: Path) -> None:
+def test_a_video_is_decoded_with_the_jobs_sampling(make_job: MakeJob, media_url: str) -> None:
     """Four frames of a short clip; its visual tokens are the video's."""
-    path = tmp_path / "clip.mp4"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
-        for shade in range(8):
-            pixels = np.full((32, 32, 3), shade * 30, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
-        container.mux(stream.encode())
-    ref = stored(media_url, path.read_bytes()).model_copy(
-        update={"modality": "video", "media_type": "video/mp4"}
-    )
-    job = make_job(media=(ref,), sampling={"num_frames": 4})
+    job = make_job(media=(video(media_url, 8),), sampling={"num_frames": 4})
     (clip,) = decode(job, MediaStore(media_url), DEFAULT_LIMITS)
+    assert isinstance(clip, Clip)
     assert len(clip.frames) == 4
     usage = result_of(job, answer("red")).usage
     assert usage is not None

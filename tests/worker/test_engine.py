@@ -225,7 +225,12 @@ def test_stopping_answers_what_is_being_encoded() -> None:
         until = model.steps + 2
         while model.steps < until:
             time.sleep(0.001)
-        threading.Timer(0.05, lambda: (model.sight.set(), endless.cancel())).start()
+
+        def later() -> None:
+            model.sight.set()
+            endless.cancel()
+
+        threading.Timer(0.05, later).start()
     assert short.future.result(0).answers[0].text == "short"
 
 

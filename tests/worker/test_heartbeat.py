@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from redis import Redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
-from tests.worker.conftest import tiny_jobs
+from tests.replies import field
+from tests.worker.conftest import claimed, tiny_jobs
 from worker.cancellations import Cancellations
 from worker.contract import CANCEL_CHANNEL, METHODS, WORKERS_KEY, WorkerStatus
 from worker.heartbeat import FORGET_S, Heartbeat
-from worker.jobs import Claim
 from worker.stops import StopReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     import pytest
 
-    from worker.contract import AnswerJob
+    from tests.worker.conftest import MakeJob
     from worker.jobs import Jobs
 
 
@@ -60,7 +60,7 @@ def test_a_worker_is_listed_until_it_leaves(redis: Redis, jobs: Jobs) -> None:
     status = Status()
     with beating(redis, jobs, status, 0.01):
         assert status.asked_twice.wait(10)
-        assert WorkerStatus.model_validate_json(redis.hget(WORKERS_KEY, "one")).warm
+        assert WorkerStatus.model_validate_json(field(redis, WORKERS_KEY, "one")).warm
     assert not redis.hexists(WORKERS_KEY, "one")
 
 
@@ -75,17 +75,17 @@ def test_news_do_not_wait_for_the_next_beat(redis: Redis, jobs: Jobs) -> None:
 def test_a_broker_that_is_away_does_not_end_the_heartbeat(caplog: pytest.LogCaptureFixture) -> None:
     """The thread goes on and tries again; the log says that it could not be heard."""
     status = Status()
-    nobody = Redis(port=1, retry=None, socket_connect_timeout=0.2)
+    nobody = Redis(port=1, retry=Retry(NoBackoff(), 0), socket_connect_timeout=0.2)
     with beating(nobody, tiny_jobs(nobody), status, 0.01):
         assert status.asked_twice.wait(10)
     assert "the broker does not answer (ConnectionError)" in caplog.text
 
 
-def test_a_lost_job_is_sent_again(redis: Redis, make_job: Callable[..., AnswerJob]) -> None:
+def test_a_lost_job_is_sent_again(redis: Redis, make_job: MakeJob) -> None:
     """By whichever worker's beat finds it, with what its first worker was sent."""
     sent: list[tuple[str, dict[str, Any]]] = []
     jobs, job = tiny_jobs(redis, lease_s=0.05), make_job()
-    tiny_jobs(redis, lease_s=0.05).claim(job.id, '{"what": "was sent"}')
+    claimed(tiny_jobs(redis, lease_s=0.05), job.id, '{"what": "was sent"}')
     again = threading.Event()
 
     def send_again(job_id: str, payload: dict[str, Any]) -> None:
@@ -107,12 +107,10 @@ def test_a_worker_that_is_long_gone_is_forgotten(redis: Redis, jobs: Jobs) -> No
         assert redis.hkeys(WORKERS_KEY) == ["one"]
 
 
-def test_a_cancellation_is_heard_at_once(redis: Redis, make_job: Callable[..., AnswerJob]) -> None:
+def test_a_cancellation_is_heard_at_once(redis: Redis, make_job: MakeJob) -> None:
     """Published on the channel, it stops the job that this worker runs, and no other."""
     jobs, wanted, unwanted = tiny_jobs(redis), make_job(), make_job()
-    claims = [jobs.claim(job.id) for job in (wanted, unwanted)]
-    assert all(isinstance(claim, Claim) for claim in claims)
-    kept, canceled = cast("list[Claim]", claims)
+    kept, canceled = (claimed(jobs, job.id) for job in (wanted, unwanted))
     stopped = threading.Event()
     canceled.stop.then(stopped.set)
     with Cancellations(redis, jobs):

@@ -7,12 +7,14 @@ import threading
 import time
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from tests.worker.conftest import tiny_jobs
+from tests.replies import entries, state
+from tests.worker.conftest import claimed, tiny_jobs
 from worker.contract import (
     DEAD_LETTERS_KEY,
     RESULT_TTL_S,
@@ -29,17 +31,14 @@ from worker.contract import (
     queue_name,
     redis_url,
 )
-from worker.jobs import Claim, Jobs, Outcome, Refusal, Settled, free, lease_key
+from worker.jobs import Jobs, Outcome, Refusal, Settled, free, lease_key
 from worker.stops import StopReason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from redis import Redis
 
+    from tests.worker.conftest import MakeJob
     from worker.contract import AnswerJob
-
-    MakeJob = Callable[..., AnswerJob]
 
 PROBLEM = Problem(slug="internal-error", status=500, title="Internal error", detail="No.")
 FAILED = Outcome(JobState.FAILED, PROBLEM)
@@ -49,19 +48,12 @@ PAYLOAD = '{"what": "was sent"}'
 
 def events(redis: Redis, job_id: str) -> list[tuple[str, dict[str, Any]]]:
     """The job's stream: names and data."""
-    return [(entry["event"], json.loads(entry["data"])) for _, entry in redis.xrange(events_key(job_id))]
+    return [(entry["event"], json.loads(entry["data"])) for entry in entries(redis, events_key(job_id))]
 
 
 def lose_worker(redis: Redis, job_id: str) -> None:
     """As when the worker that holds the job is killed and its lease runs out."""
     assert redis.delete(lease_key(job_id))
-
-
-def claimed(jobs: Jobs, job_id: str, *, alone: bool = False) -> Claim:
-    """The claim on a job that is free."""
-    claim = jobs.claim(job_id, PAYLOAD, alone=alone)
-    assert isinstance(claim, Claim)
-    return claim
 
 
 def test_a_claim_starts_the_job_and_counts_the_attempt(jobs: Jobs, redis: Redis, make_job: MakeJob) -> None:
@@ -81,7 +73,7 @@ def test_every_change_of_state_is_published(jobs: Jobs, redis: Redis, make_job: 
     with redis.pubsub(ignore_subscribe_messages=True) as listener:
         listener.subscribe(events_channel(job.id))
         jobs.finish(claimed(jobs, job.id), FAILED)
-        heard = []
+        heard: list[JobState] = []
         while len(heard) < 2:
             message = listener.get_message(timeout=5)
             if message:
@@ -122,7 +114,7 @@ def test_of_many_ends_one_stands(redis: Redis, make_job: MakeJob) -> None:
     for thread in threads:
         thread.join()
     states = {one.state for one in settled if one}
-    assert states == {JobState(redis.hget(job_key(job.id), "state"))}
+    assert states == {state(redis, job.id)}
     assert sum(one.first for one in settled if one) == 1
 
 
@@ -261,7 +253,7 @@ def queue(redis: Redis, job: AnswerJob) -> None:
 def test_a_sweep_finds_the_jobs_of_a_worker_that_died(redis: Redis, make_job: MakeJob) -> None:
     """Once its lease is over, once only, and not while it lives."""
     jobs, job = tiny_jobs(redis, lease_s=0.05), make_job()
-    claimed(jobs, job.id)
+    claimed(jobs, job.id, PAYLOAD)
     assert jobs.sweep() == []
     time.sleep(0.06)
     assert jobs.sweep() == [(job.id, json.loads(PAYLOAD))]
@@ -381,21 +373,14 @@ def test_a_job_given_up_leaves_a_letter(jobs: Jobs, redis: Redis, make_job: Make
         id=job.id, request_id="req_1", model="tiny", attempts=3, media=(), created_at=1, given_up_at=2
     )
     jobs.finish(claimed(jobs, job.id), Outcome(JobState.FAILED, PROBLEM, letter))
-    ((_, entry),) = redis.xrange(DEAD_LETTERS_KEY)
+    (entry,) = entries(redis, DEAD_LETTERS_KEY)
     assert DeadLetter.model_validate_json(entry["job"]) == letter
 
 
 def test_a_broker_that_is_away_is_waited_for(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has to happen is tried until it does."""
     monkeypatch.setattr("worker.jobs.INSIST_S", 0.0)
-    replies = iter([RedisConnectionError(), RedisTimeoutError(), "done"])
-
-    def call() -> str:
-        reply = next(replies)
-        if isinstance(reply, Exception):
-            raise reply
-        return reply
-
+    call = Mock(side_effect=[RedisConnectionError(), RedisTimeoutError(), "done"])
     assert jobs.insist(call) == "done"
 
 

@@ -2,60 +2,35 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING
 
-import av
-import numpy as np
 import pytest
 
-from tests.worker.conftest import stored
-from tests.worker.test_tasks import Worker
+from tests.worker.conftest import video
 from worker.contract import JobState, MediaRef, media_key
 from worker.jobs import Jobs, connect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from redis import Redis
-
-    from tests.worker.test_tasks import MakeJob
+    from tests.worker.conftest import MakeJob, Worker
 
 FRAMES = 9
 
 
 @pytest.fixture
-def worker(redis: Redis, media_url: str) -> Iterator[Worker]:
-    """A worker whose engine is warm."""
-    made = Worker(redis, media_url)
-    with made.engine:
-        yield made
-
-
-@pytest.fixture
-def video(media_url: str) -> MediaRef:
+def clip(media_url: str) -> MediaRef:
     """Nine frames of 64 x 48 in the store."""
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for shade in range(FRAMES):
-            pixels = np.full((48, 64, 3), shade * 20, dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels)))
-        container.mux(stream.encode())
-    ref = stored(media_url, file.getvalue())
-    return ref.model_copy(update={"modality": "video", "media_type": "video/mp4"})
+    return video(media_url, FRAMES)
 
 
 def test_a_decoded_video_has_its_size_and_every_frame_noted(
-    worker: Worker, make_job: MakeJob, video: MediaRef
+    worker: Worker, make_job: MakeJob, clip: MediaRef
 ) -> None:
     """Those of the file, not of the four frames that were looked at."""
-    worker.redis.hset(media_key(video.id), mapping={"owner:": 1, "bytes": video.size_bytes})
-    job = make_job(media=(video,), sampling={"num_frames": 4})
+    worker.redis.hset(media_key(clip.id), mapping={"owner:": 1, "bytes": clip.size_bytes})
+    job = make_job(media=(clip,), sampling={"num_frames": 4})
     worker.run(job)
     assert worker.state(job) is JobState.SUCCEEDED
-    noted = worker.redis.hgetall(media_key(video.id))
+    noted = worker.redis.hgetall(media_key(clip.id))
     assert {name: noted.get(name) for name in ("width", "height", "frames", "owner:")} == {
         "width": "64",
         "height": "48",
@@ -65,11 +40,11 @@ def test_a_decoded_video_has_its_size_and_every_frame_noted(
 
 
 def test_media_that_expired_meanwhile_stay_forgotten(
-    worker: Worker, make_job: MakeJob, video: MediaRef
+    worker: Worker, make_job: MakeJob, clip: MediaRef
 ) -> None:
     """A hash written now would belong to nobody and never expire."""
-    worker.run(make_job(media=(video,)))
-    assert not worker.redis.exists(media_key(video.id))
+    worker.run(make_job(media=(clip,)))
+    assert not worker.redis.exists(media_key(clip.id))
 
 
 def test_a_picture_needs_nothing_noted(worker: Worker, make_job: MakeJob, picture: MediaRef) -> None:

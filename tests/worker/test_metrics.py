@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
+import psutil
 import pytest
 
 from prismprune.results import Memory
@@ -17,11 +17,8 @@ from worker.engine import Answered
 from worker.metrics import WorkerMetrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
+    from tests.worker.conftest import MakeJob
     from worker.contract import AnswerJob, AnswerResult
-
-    MakeJob = Callable[..., AnswerJob]
 
 
 def result_of(job: AnswerJob, **changes: Any) -> AnswerResult:
@@ -126,14 +123,12 @@ def test_cuda_memory_has_its_own_histogram(make_job: MakeJob) -> None:
     assert sample(metrics, "cuda_memory_peak_bytes_sum", device="cuda:0") == 2**30
 
 
-def test_a_scrape_shows_what_is_served_and_what_runs() -> None:
+def test_a_scrape_shows_what_is_served_and_what_runs(port: int) -> None:
     """Over HTTP while the block lasts; the gauges are asked at the scrape."""
     metrics = WorkerMetrics("tiny")
     metrics.describe(family="llava", quantization=None, revision="abc")
     metrics.watch("cpu", memory_bytes=lambda: 123, jobs_running=lambda: 2)
     metrics.batch(3)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     with metrics.serving("127.0.0.1", port), urlopen(f"http://127.0.0.1:{port}/metrics") as response:
         lines = response.read().decode().splitlines()
     assert (
@@ -146,6 +141,8 @@ def test_a_scrape_shows_what_is_served_and_what_runs() -> None:
 
 
 def test_port_0_serves_nothing() -> None:
-    """A worker can do without the page."""
+    """A worker can do without the page: no socket listens, not even on a port that the system picks."""
+    process = psutil.Process()
+    before = process.net_connections("tcp")
     with WorkerMetrics("tiny").serving("127.0.0.1", 0):
-        pass
+        assert process.net_connections("tcp") == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,11 +18,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from torch.nn import Linear, ModuleList
 
 from tests.prismprune.tiny import PATCHES, save_tiny_llava
+from tests.replies import entries, field, state
 from worker import process
 from worker.contract import (
     TASK_ANSWER,
     WORKERS_KEY,
-    AnswerJob,
     AnswerResult,
     Generation,
     JobEvent,
@@ -42,7 +41,8 @@ if TYPE_CHECKING:
     import pytest
     from redis import Redis
 
-    MakeJob = Callable[..., AnswerJob]
+    from tests.worker.conftest import MakeJob
+    from worker.contract import AnswerJob
 
 
 @contextmanager
@@ -73,13 +73,6 @@ def warm_status(redis: Redis) -> WorkerStatus | None:
     return next((status for status in statuses if status.warm), None)
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
-
-
 def enqueue(broker_url: str, job: AnswerJob) -> None:
     """Sends the job as the front end does, which knows the contract and no more."""
     with Celery(broker=broker_url, set_as_current=False) as front_end:
@@ -104,11 +97,10 @@ def scrape(port: int) -> dict[str, float]:
 
 
 def test_a_worker_answers_measures_and_finishes_before_it_leaves(
-    broker_url: str, redis: Redis, media_url: str, make_job: MakeJob, tmp_path: Path
+    broker_url: str, redis: Redis, media_url: str, make_job: MakeJob, tmp_path: Path, *, port: int
 ) -> None:
     """Queued, running, succeeded; seen in the metrics; a job that runs at SIGTERM still gets its answer."""
     model = str(save_tiny_llava(tmp_path / "tiny"))
-    port = free_port()
     told = {"broker_url": broker_url, "media_url": media_url, "model": model, "worker_metrics_port": port}
     with worker_process(**told) as running, redis.pubsub(ignore_subscribe_messages=True) as listener:
         status = until(lambda: warm_status(redis), running)
@@ -122,14 +114,14 @@ def test_a_worker_answers_measures_and_finishes_before_it_leaves(
             message = until(lambda: listener.get_message(timeout=1), running)
             events.append(JobEvent.model_validate_json(message["data"]).state)
         assert events == [JobState.RUNNING, JobState.SUCCEEDED]
-        result = AnswerResult.model_validate_json(redis.hget(job_key(job.id), "result"))
+        result = AnswerResult.model_validate_json(field(redis, job_key(job.id), "result"))
         assert (result.visual_tokens.original, result.visual_tokens.kept) == (PATCHES, 8)
         assert result.usage is not None
         assert result.usage.completion_tokens <= 4
-        stream = [entry for _, entry in redis.xrange(events_key(job.id))]
-        told = [json.loads(entry["data"]).get("text", "") for entry in stream]
+        stream = entries(redis, events_key(job.id))
+        texts = [json.loads(entry["data"]).get("text", "") for entry in stream]
         assert (stream[0]["event"], stream[-1]["event"]) == ("started", "completed")
-        assert "".join(told) == result.answer
+        assert "".join(texts) == result.answer
 
         seen = scrape(port)
         assert seen["prismprune_request_latency_seconds_count"] == 1
@@ -139,10 +131,10 @@ def test_a_worker_answers_measures_and_finishes_before_it_leaves(
 
         last = make_job(model=model, generation=Generation(max_new_tokens=200))
         enqueue(broker_url, last)
-        until(lambda: redis.hget(job_key(last.id), "state") != JobState.QUEUED or None, running)
+        until(lambda: state(redis, last.id) is not JobState.QUEUED or None, running)
         running.send_signal(signal.SIGTERM)
         assert running.wait(30) == 0
-        assert redis.hget(job_key(last.id), "state") == JobState.SUCCEEDED
+        assert state(redis, last.id) is JobState.SUCCEEDED
         assert redis.zcard("unacked_index") == redis.llen(queue_name(model)) == 0
         assert not redis.exists(WORKERS_KEY)
 

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from concurrent.futures import Future
+from typing import TYPE_CHECKING
 
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -15,6 +16,9 @@ from worker.contract import EventName
 from worker.errors import DeadlineExceededError, StoppedError
 from worker.stops import Stop, StopReason, result_within
 from worker.story import Story
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 
 def test_the_first_reason_stays() -> None:
@@ -137,8 +141,8 @@ def test_what_the_broker_did_not_take_is_written_again_under_its_number(
     monkeypatch.setattr("worker.story.PAUSE_S", 0.0)
     batches: list[Batch] = []
 
-    def write(number: int, events: object) -> None:
-        batches.append((number, list(events)))  # type: ignore[call-overload] # a sequence of events
+    def write(number: int, events: Iterable[tuple[EventName, str]]) -> None:
+        batches.append((number, list(events)))
         if len(batches) == 1:
             raise RedisConnectionError
 

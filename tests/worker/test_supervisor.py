@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -15,7 +15,10 @@ from worker.settings import WorkerSettings
 from worker.supervisor import BACKOFF_S, EX_GIVE_UP, HOPELESS, MINUTE_S, Supervisor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
+
+    from redis import Redis
 
 CHILD = """
 import os, signal, sys, time
@@ -47,14 +50,14 @@ def command(diary: Path, lives: str) -> tuple[str, ...]:
     return (sys.executable, "-c", CHILD, str(diary), lives)
 
 
-def outcome(diary: Path, lives: str, **settings: float | str) -> tuple[int, int]:
+def outcome(diary: Path, lives: str, **settings: Any) -> tuple[int, int]:
     """The supervisor's exit code, and how often it started the process."""
     code = Supervisor(command(diary, lives), WorkerSettings(media_url="memory://", **settings)).run()
     return code, len(diary.read_text())
 
 
 @pytest.fixture(autouse=True)
-def same_signals() -> None:
+def same_signals() -> Iterator[None]:
     """The supervisor takes over the process' signals; the tests' own come back."""
     handlers = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)}
     yield
@@ -99,10 +102,12 @@ def test_the_jobs_of_a_process_that_died_are_free_at_once(
 ) -> None:
     """Each life has a name of its own, under which its jobs are freed before the next one begins."""
     freed: list[tuple[str, str, int]] = []
-    monkeypatch.setattr(
-        "worker.supervisor.free",
-        lambda _redis, model, name: freed.append((model, name, len(diary.read_text()))) or 0,
-    )
+
+    def free(_redis: Redis, model: str, name: str) -> int:
+        freed.append((model, name, len(diary.read_text())))
+        return 0
+
+    monkeypatch.setattr("worker.supervisor.free", free)
     code, lives = outcome(diary, "warm+die,die,warm+70,warm+0", broker_url=broker_url, model="tiny")
     assert (code, lives) == (0, 4)
     assert [(model, life) for model, _, life in freed] == [("tiny", 1), ("tiny", 3), ("tiny", 4)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import time
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +19,9 @@ from worker.engine import Answered
 from worker.jobs import Claim, Outcome
 from worker.tracing import AttemptSpans
 
+if TYPE_CHECKING:
+    from pathlib import Path
+
 TRACE, SENDER = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 PROBLEM = Problem(slug="undecodable-media", status=422, title="Media cannot be decoded", detail="scene.png")
 
@@ -27,14 +30,16 @@ def make_job(**fields: Any) -> AnswerJob:
     """A job that was accepted 20 s ago."""
     now = time.time()
     media = MediaRef(id="0" * 64, media_type="image/png", modality="image", size_bytes=1)
-    defaults = {"questions": ("Where is the emerald?",), "media": (media,), "created_at": now - 20}
-    return AnswerJob(
-        **(
-            {"id": "job_1", "request_id": "req_1", "model": "tiny", "deadline_at": now + 60}
-            | defaults
-            | fields
-        )
-    )
+    defaults: dict[str, Any] = {
+        "id": "job_1",
+        "request_id": "req_1",
+        "model": "tiny",
+        "questions": ("Where is the emerald?",),
+        "media": (media,),
+        "created_at": now - 20,
+        "deadline_at": now + 60,
+    }
+    return AnswerJob(**(defaults | fields))
 
 
 def answered(job: AnswerJob, **changes: Any) -> Outcome:
@@ -136,7 +141,7 @@ def test_clocks_that_disagree_make_no_span_of_negative_time() -> None:
 
 
 @pytest.mark.parametrize("path", [path for path in sources("worker") if path.name != "tracing.py"], ids=str)
-def test_nothing_is_imported_while_traces_are_off(path: Any) -> None:
+def test_nothing_is_imported_while_traces_are_off(path: Path) -> None:
     """When a module of the worker is imported, none of OpenTelemetry is; a function may do it later."""
     found = [node for node in ast.parse((ROOT / path).read_text()).body if isinstance(node, ast.ImportFrom)]
     assert not [node for node in found if (node.module or "").startswith(("opentelemetry", "worker.tracing"))]

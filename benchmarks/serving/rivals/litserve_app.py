@@ -28,8 +28,9 @@ class Chat(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self._processor = AutoProcessor.from_pretrained(self._name)
         self._processor.tokenizer.padding_side = "left"
-        model = LlavaForConditionalGeneration.from_pretrained(self._name, dtype=torch.float32)
-        self._model = model.to(device).eval()
+        # Any: transformers' types say that `to` takes a model.
+        model: Any = LlavaForConditionalGeneration.from_pretrained(self._name, dtype=torch.float32).eval()
+        self._model = model.to(device)
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
         return request
