@@ -211,24 +211,32 @@ class Report:
             raise InvalidOptionError('A plot needs matplotlib: pip install "prismprune[plots]".') from None
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="visual tokens kept", ylabel="accuracy %", title=self.suite)
-        for method in dict.fromkeys(method for method, budget in self.tallies if budget is not None):
-            axes.errorbar(**self._line(method), marker="o", markersize=4, capsize=2, label=method)
+        methods = list(dict.fromkeys(method for method, budget in self.tallies if budget is not None))
+        for place, method in enumerate(methods):
+            beside = 2 ** (0.04 * (place - (len(methods) - 1) / 2))  # so that no interval hides another
+            axes.errorbar(**self._line(method, beside), fmt="o:", markersize=4, capsize=2, label=method)
         if UNPRUNED in self.tallies:
             accuracy = 100 * self.tallies[UNPRUNED].accuracy
             axes.axhline(accuracy, color="black", linestyle="--", linewidth=1, label="all tokens")
+        budgets = sorted({budget for _, budget in self.tallies if budget is not None})
         axes.set_xscale("log", base=2)
-        axes.legend(fontsize="small")
+        axes.set_xticks(budgets, [str(budget) for budget in budgets])
+        axes.legend(fontsize="small", ncols=2)
         try:
             figure.savefig(path, dpi=150)
         except ValueError as error:
             raise InvalidOptionError(f"Cannot draw {path.name}: {error}") from None
 
-    def _line(self, method: str) -> dict[str, Any]:
+    def _line(self, method: str, beside: float) -> dict[str, Any]:
         budgets = sorted(budget for name, budget in self.tallies if name == method and budget is not None)
         tallies = [self.tallies[method, budget] for budget in budgets]
         below = [100 * (tally.accuracy - tally.interval[0]) for tally in tallies]
         above = [100 * (tally.interval[1] - tally.accuracy) for tally in tallies]
-        return {"x": budgets, "y": [100 * tally.accuracy for tally in tallies], "yerr": [below, above]}
+        return {
+            "x": [beside * budget for budget in budgets],
+            "y": [100 * tally.accuracy for tally in tallies],
+            "yerr": [below, above],
+        }
 
 
 def _points(row: dict[str, Any]) -> str:
