@@ -24,7 +24,7 @@ from prismprune.cli_options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from prismprune.evaluation.compare import Marker
     from prismprune.evaluation.report import Report, Setting
@@ -76,27 +76,31 @@ def compare(
     The unpruned model in the same layout is always among them.
     """
     from prismprune.evaluation.compare import compare as compared  # noqa: PLC0415 -- loads torch
-    from prismprune.evaluation.compare import parsed_method  # noqa: PLC0415 -- loads torch
-    from prismprune.selection import METHODS  # noqa: PLC0415 -- loads torch
     from prismprune.vlm import PrunedVLM  # noqa: PLC0415 -- loads torch
 
-    methods = method or list(METHODS)
-    for one in methods:
-        parsed_method(one)  # a wrong one is told before a model is loaded
+    settings = _settings(method, budget or DEFAULT_BUDGETS)
     weights = quantized(quantization, compute_dtype, double_quant, quantize_also)
     subjects = _subjects(questions, pictures)
-    settings: list[Setting] = [("none", None)]
-    settings += [(one, tokens) for one in methods for tokens in budget or DEFAULT_BUDGETS]
     vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=weights, layout=layout)
     marker = _marker(vlm, max_new_tokens)
-    suite = Path(questions).stem
-    reports = compared(vlm, suite, subjects, settings, marker=marker, results=results)
+    reports = compared(vlm, Path(questions).stem, subjects, settings, marker=marker, results=results)
     report = _watched(reports, pictures)
     _print(report, as_json=as_json)
     if csv:
         report.write_csv(csv)
     if plot:
         report.write_plot(plot)
+
+
+def _settings(method: Sequence[str] | None, budgets: Sequence[int]) -> list[Setting]:
+    """Unpruned first, then each method at each budget; a wrong method is told before a model is loaded."""
+    from prismprune.evaluation.compare import parsed_method  # noqa: PLC0415 -- loads torch
+    from prismprune.selection import METHODS  # noqa: PLC0415 -- loads torch
+
+    methods = method or list(METHODS)
+    for one in methods:
+        parsed_method(one)
+    return [("none", None), *((one, tokens) for one in methods for tokens in budgets)]
 
 
 def _subjects(questions: str, pictures: int) -> Iterator[Subject]:
