@@ -26,7 +26,7 @@ class RoomyLayer(DynamicLayer):
     """Keys and values [B, heads, T, head_dim] of one layer, views of storage that has room behind them.
 
     `DynamicLayer` copies all of them for every token: at 8 rows of 600 tokens a seventh of the demo's step.
-    Whatever replaces `keys` and `values`, as selecting rows does, leaves the room; the next token makes new.
+    Selecting rows, and whatever else replaces keys and values, gives the room up; the next token makes one.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -56,6 +56,11 @@ class RoomyLayer(DynamicLayer):
             room[:, :, length:longer] = new
         self.keys, self.values = (room[:, :, :longer] for room in self._room)
         return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows. The old room goes at once: a layer's, not that of all layers, is held twice."""
+        self._room = []
+        super().batch_select_indices(indices)
 
     def _has_room(self, length: int) -> bool:
         """Whether `keys` and `values` are views of the room's beginning, and it is long enough."""
@@ -191,9 +196,12 @@ class Prefix:
         """What it takes of the device's memory."""
         return sum(tensor.nbytes for layer in self.layers for tensor in layer)
 
-    def batch(self) -> Batch:
-        """Of one row, to be extended, which leaves the prefix as it is."""
+    def batch(self, following: int) -> Batch:
+        """Of one row, to be extended, which leaves the prefix as it is.
+
+        following: the position of what comes after all of the prompt.
+        """
         device = self.layers[0][0].device
         mask = torch.ones(1, self.length, dtype=torch.long, device=device)
-        positions = torch.full((1,), self.length, device=device)
+        positions = torch.full((1,), following, device=device)
         return Batch(roomy_cache(self.layers), mask, positions, self.axes)

@@ -51,9 +51,13 @@ class ByteCache(Generic[S]):
                 self._entries.move_to_end(key)
             return self._entries.get(key)
 
+    def takes(self, size: int) -> bool:
+        """Whether an entry of so many bytes would be kept."""
+        return size <= self._max_bytes
+
     def put(self, key: Hashable, entry: S) -> None:
         """Keep `entry`, unless it alone is larger than the cache."""
-        if entry.bytes > self._max_bytes:
+        if not self.takes(entry.bytes):
             return
         with self._lock:
             if (before := self._entries.pop(key, None)) is not None:

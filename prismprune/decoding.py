@@ -237,6 +237,12 @@ class _Prefill:
         if key is not None and self._known is not None:
             self._known.put(key, prefix)
 
+    def _keeps(self, row: int, batch: Batch) -> bool:
+        """Whether a copy of that row's prefix would be kept: one that is too large is not made."""
+        if not self._lengths[row] or self._key(row) is None or self._known is None:
+            return False
+        return self._known.takes(batch.token_bytes * self._lengths[row])
+
     def _computed(self, row: int) -> Prefix:
         length = self._lengths[row]
         batch, _ = _extended(self._decoder, None, [self._prompts[row].beginning(length)], [0])
@@ -248,15 +254,16 @@ class _Prefill:
         prompts = [self._prompts[row] for row in rows]
         batch, logits = _extended(self._decoder, None, prompts, [0] * len(rows))
         for place, row in enumerate(rows):
-            if self._lengths[row] and self._key(row) is not None:
+            if self._keeps(row, batch):
                 begins_at = batch.mask.shape[1] - len(prompts[place].token_ids)
                 self._remember(row, Prefix.of(batch, place, slice(begins_at, begins_at + self._lengths[row])))
         return batch, logits
 
     def _extended(self, prefixes: Sequence[Prefix], rows: Sequence[int]) -> tuple[Batch, Tensor]:
-        batch = joined([prefix.batch() for prefix in prefixes])
-        starts = [prefix.length for prefix in prefixes]
-        return _extended(self._decoder, batch, [self._prompts[row] for row in rows], starts)
+        prompts = [self._prompts[row] for row in rows]
+        pairs = zip(prefixes, prompts, strict=True)
+        batch = joined([prefix.batch(prompt.following) for prefix, prompt in pairs])
+        return _extended(self._decoder, batch, prompts, [prefix.length for prefix in prefixes])
 
 
 def _extended(
@@ -278,11 +285,10 @@ def _extended(
         mask.append(pad(torch.ones_like(own), missing))
         positions.append(pad(prompt.positions[..., start:], missing))
     axes = len(prompts[0].positions) if prompts[0].positions.ndim > 1 else None
-    following = torch.tensor([prompt.following for prompt in prompts], device=device)
     if batch is None:
         empty = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
+        following = torch.tensor([prompt.following for prompt in prompts], device=device)
         batch = Batch(roomy_cache(), empty, following, axes)
-    batch.next_positions = following
     shown = [] if any(starts) else [visual for prompt in prompts for visual in prompt.visuals]
     visual_inputs = decoder.visual_inputs(shown) if shown else {}
     logits = batch.extend(

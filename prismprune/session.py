@@ -128,6 +128,7 @@ class Session:
         self._device = family.model.device
         self._running = Running(decoder, None if cache is None else cache.prefixes)
         self._memory = PeakMemory(self._device)
+        self._encoding_peak = 0  # what was seen since an encoding began: whose it is joins later
         self.pending: list[Pending] = []
 
     @property
@@ -154,6 +155,7 @@ class Session:
         Another thread may do this while one steps: the tower and the projector are its own, and on CUDA its
         stream may be. Raises what `encoding.encode` raises.
         """
+        self._encoding_peak = 0
         keyed = [(_own_key(request), request) for request in requests]
         ready = {key: found for key, request in keyed if (found := self._look_up(request)) is not None}
         missing = {key: request for key, request in reversed(keyed) if key not in ready}
@@ -207,6 +209,8 @@ class Session:
         for request in self.pending:
             request.shared_with = max(request.shared_with, len(self.pending) - 1)
         self._note_memory()
+        for request in requests:
+            request.peak_bytes = max(request.peak_bytes, self._encoding_peak)
 
     def step(self) -> list[Event]:
         """A token for each unfinished row; requests whose rows have all ended are no longer pending."""
@@ -224,6 +228,7 @@ class Session:
 
     def _note_memory(self) -> None:
         peak = self._memory.lap()
+        self._encoding_peak = max(self._encoding_peak, peak)
         for request in self.pending:
             request.peak_bytes = max(request.peak_bytes, peak)
 

@@ -8,9 +8,10 @@ for their futures.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
@@ -67,6 +68,10 @@ class Session(Protocol):
 class Model(Protocol):
     """What the engine asks of `prismprune.PrunedVLM`."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
     def session(self, cache: EncodingCache | None = None) -> Session:
         """Requests that are answered together."""
 
@@ -99,12 +104,16 @@ class Answered:
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request in the engine. `deadline` is monotonic; a requested `stop` ends it at the next step."""
+    """One request in the engine. `deadline` is monotonic; a requested `stop` ends it at the next step.
+
+    had_room: whether all else has made room for it, once.
+    """
 
     request: VisualRequest
     deadline: float
     stop: Stop = field(default_factory=Stop)
     listener: Listener | None = None
+    had_room: bool = False
     future: Future[Answered] = field(default_factory=Future)
 
     def __post_init__(self) -> None:
@@ -145,7 +154,7 @@ class Limits:
     """How much the engine takes on at once.
 
     max_batch: requests. max_tokens: of text and images, with room for the answers; once those at work may
-    fill it, no other joins. max_wait_s: how long the first of an idle engine waits for neighbours.
+    fill it, no other joins. max_wait_s: how long the first of an idle engine waits for expected neighbours.
     """
 
     max_batch: int
@@ -165,11 +174,19 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Ahead:
-    """Tickets whose media are being encoded, since `began` (monotonic), while others are being answered."""
+    """Tickets whose media are being encoded, since `began` (monotonic), while others are being answered.
+
+    encoded: what became of them, and when (monotonic).
+    """
 
     tickets: Sequence[Ticket]
-    encoded: Future[Sequence[Any]]
+    encoded: Future[tuple[Sequence[Any], float]]
     began: float
+
+    def result(self) -> tuple[Sequence[Any], float]:
+        """The encoded, and when their turn came had they not waited for a place between two tokens."""
+        encoded, at = self.encoded.result()
+        return encoded, self.began + time.monotonic() - at
 
 
 class Engine(Generic[M]):
@@ -179,8 +196,10 @@ class Engine(Generic[M]):
     thread of their own, and on CUDA in a stream of their own; elsewhere nobody gets a token meanwhile.
 
     `load` returns the warm model and runs in the engine's thread. `cache` holds encodings for requests that
-    name their media. `on_batch` hears how many requests are at work whenever some have joined. `on_death` is
-    called in the engine's thread when it ends by an error: whoever waits for a ticket would wait for ever.
+    name their media. `expected` says how many requests are on their way here or at work: an idle engine
+    waits for neighbours only while there are some. `on_batch` hears how many requests are at work whenever
+    some have joined. `on_death` is called in the engine's thread when it ends by an error: whoever waits for
+    a ticket would wait for ever.
     """
 
     def __init__(
@@ -190,6 +209,7 @@ class Engine(Generic[M]):
         limits: Limits,
         cache: EncodingCache | None = None,
         overlap: Callable[[M], bool] = lambda _: False,
+        expected: Callable[[], float] = lambda: math.inf,
         on_batch: Callable[[int], None],
         on_death: Callable[[BaseException], None],
     ) -> None:
@@ -198,6 +218,8 @@ class Engine(Generic[M]):
         self._cache = cache
         self._overlaps = overlap
         self._overlap = False
+        self._beside: torch.cuda.Stream | None = None
+        self._expected = expected
         self._on_batch = on_batch
         self._on_death = on_death
         self._tickets: SimpleQueue[Ticket | None] = SimpleQueue()
@@ -263,7 +285,7 @@ class Engine(Generic[M]):
             return
         try:
             self._session = self._new_session()
-            self._overlap = self._overlaps(self._model.result())
+            self._overlap, self._beside = self._overlaps(model := self._model.result()), _stream(model)
             while self._working or self._ahead or not self._stopping:
                 self._go_on()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: without this thread nothing is answered
@@ -289,38 +311,45 @@ class Engine(Generic[M]):
         finally:
             self._progress_at = None
 
-    def _encoding(self, batch: Sequence[Ticket]) -> Future[Sequence[Any]]:
-        """What the session makes of the requests' media, as it will be."""
+    def _encoding(self, batch: Sequence[Ticket]) -> Future[tuple[Sequence[Any], float]]:
+        """What the session makes of the requests' media, as it will be, and when."""
         session, requests = self._session, [ticket.request for ticket in batch]
-        encoded: Future[Sequence[Any]] = Future()
+        encoded: Future[tuple[Sequence[Any], float]] = Future()
 
         def encode() -> None:
             try:
-                with torch.cuda.stream(torch.cuda.Stream() if torch.cuda.is_available() else None):
-                    encoded.set_result(session.encode(requests))
+                with torch.cuda.stream(self._beside):
+                    encoded.set_result((session.encode(requests), time.monotonic()))
             except BaseException as error:  # noqa: BLE001 - the engine's thread waits for it and raises it there
                 encoded.set_exception(error)
 
-        # A daemon, so that a tower that hangs does not hold up the end of the process.
         threading.Thread(target=encode, name="encoder", daemon=True).start()
         return encoded
 
     def _gather(self) -> list[Ticket]:
         """Those whose turn it is; waits for the first where nothing is at work."""
         batch: list[Ticket] = []
-        close_at: float | None = None
+        close_at = math.inf
         while not self._stopping and self._has_room(len(batch)):
             try:
-                wait_s = 0.0 if self._working else close_at and max(0.0, close_at - time.monotonic())
-                ticket = self._tickets.get(timeout=wait_s) if wait_s != 0 else self._tickets.get_nowait()
+                ticket = self._next(len(batch), close_at)
             except Empty:
                 break
             if ticket is None:
                 self._stopping = True
                 break
             batch.append(ticket)
-            close_at = close_at or time.monotonic() + self._limits.max_wait_s
+            close_at = min(close_at, time.monotonic() + self._limits.max_wait_s)
         return [ticket for ticket in batch if not ticket.over and ticket.begin()]
+
+    def _next(self, arrived: int, close_at: float) -> Ticket | None:
+        """The next in line after `arrived` others; raises `Empty` where it is not worth waiting for."""
+        if not self._working and not arrived:
+            return self._tickets.get()
+        left_s = close_at - time.monotonic()
+        if self._working or left_s <= 0 or arrived >= self._expected():
+            return self._tickets.get_nowait()
+        return self._tickets.get(timeout=left_s)
 
     def _has_room(self, arrived: int) -> bool:
         if len(self._working) + arrived >= self._limits.max_batch:
@@ -328,35 +357,55 @@ class Engine(Generic[M]):
         return not self._working or self._session.tokens < self._limits.max_tokens
 
     def _join(self, batch: Sequence[Ticket], ahead: _Ahead | None = None) -> None:
-        began = ahead.began if ahead else time.monotonic()
-        try:
-            asked = ahead.encoded.result() if ahead else self._session.encode([one.request for one in batch])
-            requests = self._session.admit(asked)
-        except Exception as error:  # noqa: BLE001 - it belongs to one job, which the future tells it to
-            failure = _kept(error)
-        else:
-            self._working += [
-                _Work(ticket, request, began, len(batch))
-                for ticket, request in zip(batch, requests, strict=True)
-            ]
-            self._on_batch(len(self._working))
+        """Takes them in; in parts where together they fail, and who fails alone is told."""
+        if (failure := self._taken_in(batch, ahead)) is None:
             return
-        if len(batch) == 1 and _out_of_memory(failure) and self._made_room():
-            self._join(batch)
-        elif len(batch) == 1:
-            _fail(batch[0], failure)
-        else:
+        ahead = None  # with what was encoded: memory may be short
+        if len(batch) > 1:
             for part in _parts(batch, failure):
                 self._join(part)
+        elif _out_of_memory(failure) and self._made_room(batch[0]):
+            self._join(batch)
+        else:
+            _fail(batch[0], failure)
 
-    def _made_room(self) -> bool:
-        """Let who is at work finish, and drop what is kept only to be faster; False if there was neither."""
+    def _taken_in(self, batch: Sequence[Ticket], ahead: _Ahead | None) -> Exception | None:
+        """None, or why none of them was."""
+        try:
+            if ahead:
+                asked, began = ahead.result()
+            else:
+                began = time.monotonic()
+                asked = self._session.encode([ticket.request for ticket in batch])
+            requests = self._session.admit(asked)
+        except Exception as error:  # noqa: BLE001 - it belongs to one job, which the future tells it to
+            return _kept(error)
+        self._working += [
+            _Work(ticket, request, began, len(batch)) for ticket, request in zip(batch, requests, strict=True)
+        ]
+        self._on_batch(len(self._working))
+        return None
+
+    def _made_room(self, ticket: Ticket) -> bool:
+        """Let who is at work finish, and drop what is kept only to be faster; False if there was neither.
+
+        Once for each ticket: what it has encoded itself is kept, too.
+        """
+        if ticket.had_room:
+            return False
+        ticket.had_room = True
+        self._finish_encoding()
         cached = self._cache is not None and self._cache.bytes > 0
         crowded = bool(self._working)
         self._finish()
         if self._cache is not None:
             self._cache.clear()
         return crowded or cached
+
+    def _finish_encoding(self) -> None:
+        """Waits for the encoder: the engine's thread must not encode beside it, nor call memory short."""
+        if self._ahead:
+            wait([self._ahead.encoded])
 
     def _step(self) -> None:
         """A token for everyone at work, and the answers of those that are done."""
@@ -391,19 +440,26 @@ class Engine(Generic[M]):
 
     def _answer_apart(self, batch: Sequence[Ticket], failure: Exception) -> None:
         """Only the culprit fails: the others are answered anew, in parts and beside nobody else."""
-        if len(batch) == 1:
+        self._finish_encoding()
+        alone = len(batch) == 1
+        if alone and not (_out_of_memory(failure) and self._made_room(batch[0])):
             _fail(batch[0], failure)
             return
         for ticket in batch:
             if ticket.listener:
                 ticket.listener.again()
-        for part in _parts(batch, failure):
+        for part in [batch] if alone else _parts(batch, failure):
             self._join(part)
             self._finish()
 
     def _finish(self) -> None:
         while self._working:
             self._step()
+
+
+def _stream(model: Model) -> torch.cuda.Stream | None:
+    """One for all that is encoded beside: the allocator keeps the memory of each stream apart."""
+    return torch.cuda.Stream(model.device) if model.device.type == "cuda" else None
 
 
 def _kept(error: Exception) -> Exception:

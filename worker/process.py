@@ -97,6 +97,7 @@ class WorkerProcess:
             limits=Limits(settings.max_batch, settings.max_batch_tokens, settings.max_wait_ms / 1e3),
             cache=EncodingCache(settings.media_cache_bytes, settings.prefix_cache_bytes),
             overlap=self._overlaps,
+            expected=lambda: self._jobs.running,
             on_batch=self._metrics.batch,
             on_death=_die,
         )

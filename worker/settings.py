@@ -44,7 +44,8 @@ class WorkerSettings(BaseSettings):
     """Text and visual tokens, with room for the longest answers: once those at work may come to take so many,
     no other joins. `prismprune plan` prints what a token takes: 0.5 MiB for a model of 7B at 16 bits."""
     max_wait_ms: Annotated[float, Field(ge=0)] = 5
-    """How long an idle engine's first job waits for neighbours; who comes later joins between two tokens."""
+    """How long an idle engine's first job waits for those that this worker is decoding; a job by itself does
+    not wait, and who comes later joins between two tokens."""
     media_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Device memory for visual tokens kept for further questions about the same media; 0: none are kept."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20

@@ -100,7 +100,8 @@ def _settings(method: Sequence[str] | None, budgets: Sequence[int]) -> list[Sett
     methods = method or list(METHODS)
     for one in methods:
         parsed_method(one)
-    return [("none", None), *((one, tokens) for one in methods for tokens in budgets)]
+    settings = [(one, tokens) for one in methods for tokens in budgets]
+    return list(dict.fromkeys([("none", None), *settings]))
 
 
 def _subjects(questions: str, pictures: int) -> Iterator[Subject]:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 Z_95 = 1.959963984540054
 """Half of the central 95 % of a normal distribution, in standard deviations."""
 
+LEAST_PICTURES = 10
+"""Of fewer the spread is not known well enough for an interval: two that agree by chance would have none."""
+
 
 def wilson(right: int, asked: int) -> tuple[float, float]:
     """95 % interval of a share, by Wilson's score (1927): inside 0 to 1 and of use at the ends too.
@@ -38,16 +41,16 @@ def paired_difference(
     right, reference, asked: numbers a picture. Questions about one picture are right or wrong together, so
     pictures are what varies: the difference is a ratio of sums over clusters, with that ratio's variance
     (Cochran, Sampling Techniques, 1977, section 2.11).
-    The interval is all there can be, -1 to 1, for fewer than two pictures.
+    The interval is all there can be, -1 to 1, for fewer than `LEAST_PICTURES`.
     """
     pictures, questions = len(asked), sum(asked)
     gained = [one - other for one, other in zip(right, reference, strict=True)]
     difference = sum(gained) / questions if questions else 0.0
-    if pictures < 2:
+    if pictures < LEAST_PICTURES:
         return difference, -1.0, 1.0
     squares = sum((more - difference * count) ** 2 for more, count in zip(gained, asked, strict=True))
     half = Z_95 * math.sqrt(pictures / (pictures - 1) * squares) / questions
-    return difference, difference - half, difference + half
+    return difference, max(-1.0, difference - half), min(1.0, difference + half)
 
 
 def overlap(kept: AbstractSet[tuple[int, int]], reference: AbstractSet[tuple[int, int]]) -> float:

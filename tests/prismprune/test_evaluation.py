@@ -260,11 +260,11 @@ def test_results_of_other_questions_or_models_are_not_taken_over(vlm: PrunedVLM,
     assert report.tallies[ALL].right.total() == 0
 
 
-def filled() -> Report:
+def filled(pictures: int = 2) -> Report:
     report = Report("test")
     asked = [Question("color", "a?", "red"), Question("color", "a?", "blue"), Question("count", "b?", "2")]
     kept = Kept(tokens=4, overlap=0.5, coverage=0.75, select_ms=2.0)
-    for _ in range(2):
+    for _ in range(pictures):
         report.ask(asked)
         report.tallies[ALL].add(asked, [True, True, False], kept)
         report.tallies["prism", 8].add(asked, [True, False, False], kept)
@@ -299,10 +299,10 @@ def test_a_row_holds_the_sums() -> None:
 
 def test_methods_are_compared_with_prism_by_pairs_of_pictures() -> None:
     """One that is right more often by the same about every picture is so for certain."""
-    report = filled()
+    report = filled(pictures=12)
     asked = [Question("color", "a?", "red"), Question("color", "a?", "blue"), Question("count", "b?", "2")]
     kept = report.tallies["prism", 8].kept[0]
-    for marks in ([True, True, False], [True, False, True]):
+    for marks in ([True, True, False], [True, False, True]) * 6:
         report.tallies["random", 8].add(asked, marks, kept)
         report.tallies["random", 4].add(asked, [marks[2], False, False], kept)
         report.tallies["random", 16].add(asked, marks, kept)
@@ -335,9 +335,17 @@ def test_the_interval_of_a_difference_holds_it_as_often_as_it_says() -> None:
     assert 0.91 * 400 <= held <= 0.98 * 400
 
 
-def test_one_picture_tells_nothing_of_a_difference() -> None:
-    """How much pictures differ cannot be seen in one."""
-    assert paired_difference([3], [1], [4]) == (0.5, -1.0, 1.0)
+@pytest.mark.parametrize("pictures", [1, 2, 9])
+def test_few_pictures_tell_nothing_of_a_difference(pictures: int) -> None:
+    """How much pictures differ cannot be seen in them, also where they agree."""
+    assert paired_difference([3] * pictures, [1] * pictures, [4] * pictures) == (0.5, -1.0, 1.0)
+
+
+def test_the_interval_of_a_difference_ends_where_differences_do() -> None:
+    """Right 11 times of 12 where the other never is: nobody can be more than always right."""
+    difference, low, high = paired_difference([1] * 11 + [0], [0] * 12, [1] * 12)
+    assert difference == pytest.approx(11 / 12)
+    assert 0.7 < low < difference < high == 1.0
 
 
 def test_the_majority_goes_by_kind_or_by_wording() -> None:

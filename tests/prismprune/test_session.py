@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
 from prismprune import GenerationOptions, InvalidOptionError, TokenBudget, VisualRequest
-from prismprune.batches import ROOM, RoomyLayer
+from prismprune.batches import ROOM, Batch, Prefix, RoomyLayer
 from prismprune.caching import EncodingCache
 from prismprune.media import Picture
 from prismprune.session import Asked, Pending, Session
@@ -258,6 +260,48 @@ def test_prefixes_keep_to_their_bytes(vlm: PrunedVLM) -> None:
     assert seen == [words(vlm, pending)]
     cache.clear()
     assert cache.bytes == 0
+
+
+def test_a_prefix_that_cannot_be_kept_is_not_copied(vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy may be what memory is too short for."""
+    copies = list[Prefix]()
+
+    def copied(batch: Batch, row: int, columns: slice) -> Prefix:
+        copies.append(of(batch, row, columns))
+        return copies[-1]
+
+    of = Prefix.of
+    monkeypatch.setattr(Prefix, "of", copied)
+    prefilled(vlm, vlm.session(EncodingCache(2**20, prefix_bytes=2**20)), [request(1, key="one")])
+    (kept,) = copies
+    prefilled(vlm, vlm.session(EncodingCache(2**20, prefix_bytes=kept.bytes - 1)), [request(1, key="one")])
+    assert len(copies) == 1
+
+
+def test_rows_that_leave_take_their_room_with_them() -> None:
+    """Not only with the next token: until then every layer would hold it beside what stays."""
+    layer = RoomyLayer()
+    for tokens in (5, 1):
+        layer.update(torch.rand(3, 2, tokens, 4), torch.rand(3, 2, tokens, 4))
+    room = [weakref.ref(tensor.untyped_storage()) for tensor in layer.tensors]
+    assert all(storage() is not None for storage in room)
+    layer.batch_select_indices(torch.tensor([2, 0]))
+    assert all(storage() is None for storage in room)
+
+
+def test_the_peak_of_an_encoding_is_its_own_requests_too(
+    vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others that get tokens meanwhile see it first; what was before the encoding counts for them alone."""
+    laps = iter([100, 900, 700, 200])
+    session = vlm.session()
+    monkeypatch.setattr(session, "_memory", SimpleNamespace(lap=lambda: next(laps)))
+    (first,) = session.admit(session.encode([request(1, tokens=9)]))
+    session.step()
+    encoded = session.encode([request(2, tokens=9)])
+    session.step()
+    (second,) = session.admit(encoded)
+    assert (first.peak_bytes, second.peak_bytes) == (900, 700)
 
 
 def test_a_cache_with_room_holds_what_one_without_does() -> None:

@@ -45,8 +45,11 @@ class Scripted:
 
     `gate` holds whoever joins until it is set, `sight` whoever's media are looked at; `batches` lists the
     questions of each joining, `steps` counts; of more than `fits()` requests at once it says that memory is
-    short; each takes `tokens_each` tokens.
+    short, and in a step while they are `crowded()`; each takes `tokens_each` tokens. `on_encode` is called
+    with each request whose media are looked at.
     """
+
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
@@ -58,6 +61,8 @@ class Scripted:
         self.steps = 0
         self.fits: Callable[[], float] = lambda: math.inf
         self.tokens_each = 1
+        self.crowded: Callable[[], bool] = lambda: False
+        self.on_encode: Callable[[VisualRequest], None] = lambda _: None
 
     def session(self, cache: EncodingCache | None = None) -> ScriptedSession:
         del cache  # media are not looked at
@@ -93,6 +98,8 @@ class ScriptedSession:
         assert self._script.sight.wait(30)
         if any(question == "unreadable" for request in requests for question in request.questions):
             raise UnsupportedMediaError("unreadable")
+        for request in requests:
+            self._script.on_encode(request)
         return requests
 
     def admit(self, requests: Sequence[VisualRequest]) -> list[ScriptedRequest]:
@@ -110,6 +117,8 @@ class ScriptedSession:
 
     def step(self) -> list[tuple[ScriptedRequest, int, str]]:
         self._script.steps += 1
+        if self._script.crowded():
+            raise torch.OutOfMemoryError
         events = [event for one in self.pending for event in self._advance(one)]
         self.pending = [one for one in self.pending if not one.done]
         return events

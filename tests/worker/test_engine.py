@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from worker.errors import DeadlineExceededError, OutOfMemoryError, StoppedError
 
 if TYPE_CHECKING:
     from prismprune.encoding import EncodedMedia
+    from prismprune.vlm import VisualRequest
     from worker.engine import Ticket
 
 
@@ -107,6 +109,19 @@ def test_a_request_waits_for_neighbours() -> None:
     with engine(model, max_batch=2, max_wait_s=30) as running:
         tickets = [ask(running, "first"), ask(running, "second")]
         assert [ticket.answered().shared_with for ticket in tickets] == [1, 1]
+
+
+def test_a_request_by_itself_waits_for_nobody() -> None:
+    """As long as no other is on its way there is nothing to wait for, and with one there is."""
+    model, on_the_way = Scripted(), 1
+    with engine(model, max_wait_s=30, expected=lambda: on_the_way) as running:
+        assert ask(running, "alone").answered().shared_with == 0
+        on_the_way = 2
+        first = ask(running, "first")
+        with pytest.raises(FutureTimeoutError):
+            first.future.result(timeout=0.05)
+        second = ask(running, "second")
+        assert [ticket.answered().joined for ticket in (first, second)] == [2, 2]
 
 
 def test_only_the_culprit_fails() -> None:
@@ -248,6 +263,68 @@ def test_what_is_cached_makes_room_before_a_request_fails() -> None:
     with engine(model, cache=cache) as running:
         assert ask(running, "fits now").answered().answers[0].text == "fits now"
     assert cache.bytes == 0
+
+
+@pytest.mark.parametrize(("question", "fits"), [("does not fit", 0), ("too large", 1)])
+def test_room_is_made_once_for_a_request(question: str, fits: int) -> None:
+    """What it has encoded and cached itself does not count as room, or it would be tried for ever."""
+    model, cache, encoded = Scripted(), EncodingCache(100), list[object]()
+    model.fits = lambda: fits
+
+    def encode(request: VisualRequest) -> None:
+        encoded.append(request)
+        cache.put("its picture", cast("EncodedMedia", Kept(60)))
+
+    model.on_encode = encode
+    with engine(model, cache=cache) as running, pytest.raises(OutOfMemoryError):
+        ask(running, question).answered()
+    assert len(encoded) == 2
+
+
+def test_who_fails_while_being_answered_is_tried_again_with_all_the_room() -> None:
+    """The caches are emptied before anybody is told to ask for less; a listener begins anew."""
+    model, cache, heard = Scripted(), EncodingCache(100), list[str]()
+    cache.put("a picture", cast("EncodedMedia", Kept(60)))
+    model.crowded = lambda: model.steps > 1 and cache.bytes > 0
+    listener: Any = SimpleNamespace(text=lambda _, text: heard.append(text), again=lambda: heard.append("|"))
+    request: Any = SimpleNamespace(questions=("fits then",))
+    with engine(model, cache=cache) as running:
+        ticket = running.submit(request, time.monotonic() + 60, listener=listener)
+        assert ticket.answered().answers[0].text == "fits then"
+    assert heard == ["fits", "then", "|", "fits", "then"]
+
+
+def test_the_encoder_is_waited_for_before_others_are_answered_anew() -> None:
+    """Its memory may be why they failed, and two must not be in the tower at once."""
+    model, sizes, asked = Scripted(), list[int](), list[str]()
+    in_tower, most, beside_is_in, anew = set[str](), list[int](), threading.Event(), threading.Event()
+
+    def encode(request: VisualRequest) -> None:
+        (question,) = request.questions
+        in_tower.add(question)
+        most.append(len(in_tower))
+        if question == "beside":
+            beside_is_in.set()
+            time.sleep(0.1)
+        if question in asked:
+            anew.set()
+        asked.append(question)
+        in_tower.remove(question)
+
+    model.on_encode = encode
+    with engine(model, overlap=lambda _: True, on_batch=sizes.append) as running:
+        at_work = [ask(running, "for ever"), ask(running, "for ever")]
+        while sum(sizes[-1:]) < 2:
+            time.sleep(0.001)
+        beside = ask(running, "beside")
+        assert beside_is_in.wait(10)
+        failures = [True]
+        model.crowded = lambda: bool(failures and failures.pop())
+        assert anew.wait(10)
+        for ticket in at_work:
+            ticket.cancel()
+        assert beside.answered().answers[0].text == "beside"
+    assert max(most) == 1
 
 
 @pytest.mark.parametrize(
