@@ -20,6 +20,7 @@ from service.errors import (
     UnsupportedMediaError,
 )
 from service.long_texts import taken_out
+from service.media import room_on_disk
 from service.schemas import MAX_TEXT, MEDIA_KINDS, AnswerRequest
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ MAX_PARTS = 64
 """More files or fields than any valid request has: the parser gives up there."""
 MAX_COMMAS = 1 << 17
 """In a JSON body, texts included: its parser takes a microsecond or two a value, and the loop waits."""
+MAX_QUOTES = 1 << 18
+"""Likewise; a text has two, and so many steps it costs to find the data URIs among the others."""
 _LISTS = ("questions", "images", "stop", "include")
 _TEXTS = ("model", "question", "questions", "method", "system", "stop", "include", "image", "images", "video")
 _NAMED_ERRORS: dict[str, type[InvalidRequestError]] = {
@@ -81,12 +84,15 @@ async def from_json(request: Request, model: type[M]) -> tuple[M, dict[str, Data
 
 async def _read(request: Request) -> bytearray:
     """The bytes of the body; `request.body()` would keep them for as long as the caller waits."""
-    body, commas = bytearray(), 0
+    body, commas, quotes = bytearray(), 0, 0
     async for chunk in request.stream():
         body += chunk
         commas += chunk.count(b",")
-        if commas > MAX_COMMAS:
-            raise BodyTooLargeError(f"A JSON body may have at most {MAX_COMMAS} commas.")
+        quotes += chunk.count(b'"')
+        if commas > MAX_COMMAS or quotes > MAX_QUOTES:
+            raise BodyTooLargeError(
+                f"A JSON body may have at most {MAX_COMMAS} commas and {MAX_QUOTES} quotation marks."
+            )
     return body
 
 
@@ -94,7 +100,8 @@ async def _read(request: Request) -> bytearray:
 async def form(request: Request) -> AsyncIterator[FormData]:
     """The parts of a multipart body; its files are open until the context ends."""
     try:
-        parts = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS)
+        with room_on_disk():
+            parts = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS)
     except HTTPException:
         raise MalformedBodyError(
             f"The body is not valid {MULTIPART}, has more than {MAX_PARTS} parts, or a text field over 1 MiB."

@@ -53,6 +53,7 @@ EVENTS_AT_ONCE = 256
 LEAST_PAUSE_S, MOST_PAUSE_S = 0.03, 0.5
 """Between two looks at a stream: pieces of text wake nobody, changes of state do."""
 
+_EVENT_NAMES = {name.value for name in EventName}
 _ENDED_WITHOUT_ERROR = {
     JobState.FAILED: Problem(
         slug="internal-error", status=500, title="Internal error", detail="The job failed without saying why."
@@ -319,7 +320,11 @@ class Jobs:
                 )
         except BrokerAwayError:
             return []
-        return [Event(id_, EventName(entry["event"]), json.loads(entry["data"])) for id_, entry in entries]
+        return [
+            Event(id_, EventName(entry["event"]), json.loads(entry["data"]))
+            for id_, entry in entries
+            if entry["event"] in _EVENT_NAMES  # a later version's worker may tell of more
+        ]
 
     async def look(self, last: JobRecord) -> JobRecord:
         """The job as it stands, or as it last stood: it was accepted, and outlasts a broker that is away."""

@@ -29,6 +29,12 @@ class DataUri:
 
     header: str
     payload: memoryview
+    escapes: int
+
+    @property
+    def size(self) -> int:
+        """Characters of the payload."""
+        return len(self.payload) - self.escapes
 
 
 def taken_out(body: bytearray, stand_in_length: int) -> tuple[bytearray, dict[str, DataUri]]:
@@ -40,17 +46,17 @@ def taken_out(body: bytearray, stand_in_length: int) -> tuple[bytearray, dict[st
     rest, found = bytearray(), dict[str, DataUri]()
     copied = position = 0
     for _ in range(MOST):
-        opened = _TO_NEXT.match(body, position)
+        opened = _TO_NEXT.match(body, position, position + MAX_REST)  # what has more before it is refused
         if opened is None:
             break
         start = opened.end()
         if (length := _length(body, start)) is not None:
             stand_in = f"data:{secrets.token_hex(16)}".ljust(stand_in_length, ".")
-            found[stand_in] = _data_uri(memoryview(body)[start : start + length])
+            found[stand_in] = _data_uri(body, start, start + length)
             rest += body[copied:start] + stand_in.encode()
             copied = start + length
             position = copied + 1
-        elif closed := _TO_END.match(body, start):  # short, or of other escapes: left to the parser
+        elif closed := _TO_END.match(body, start, start + MAX_REST):  # short, or of other escapes: not ours
             position = closed.end()
         else:
             break
@@ -73,7 +79,8 @@ def _length(body: bytearray, start: int) -> int | None:
     return end - start
 
 
-def _data_uri(text: memoryview) -> DataUri:
-    header, _, _ = bytes(text[:MAX_HEADER]).partition(b",")
-    unescaped = header.replace(b"\\", b"").decode(errors="replace")
-    return DataUri(unescaped, text[len(header) + 1 :])
+def _data_uri(body: bytearray, start: int, end: int) -> DataUri:
+    header, _, _ = body[start : start + MAX_HEADER].partition(b",")
+    begins = start + len(header) + 1
+    text = header.replace(b"\\", b"").decode(errors="replace")
+    return DataUri(text, memoryview(body)[begins:end], body.count(b"\\", begins, end))

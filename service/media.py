@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import hashlib
 import io
 import tempfile
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, cast
 
@@ -34,7 +35,7 @@ from service.schemas import MediaById, MediaByUrl
 from worker.contract import MediaRef, media_path
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
+    from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 
     from obstore.store import ObjectStore
 
@@ -139,7 +140,19 @@ async def spool(chunks: AsyncIterable[bytes], file: IO[bytes], limit: Callable[[
             most = limit(head) if len(head) == HEAD else None
         if most is not None and size > most:
             raise MediaTooLargeError(f"Files of this type may have at most {most} bytes.")
-        await to_thread.run_sync(file.write, chunk)
+        with room_on_disk():
+            await to_thread.run_sync(file.write, chunk)
+
+
+@contextmanager
+def room_on_disk() -> Iterator[None]:
+    """Raises `StoreAwayError` where what the block writes does not fit."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreAwayError("There is no room for another upload now.") from error
 
 
 class MediaStore:
@@ -255,12 +268,13 @@ class MediaStore:
     def _decode(self, uri: str | DataUri, field: str, modality: Modality) -> IO[bytes]:
         payload: str | memoryview
         if isinstance(uri, DataUri):
-            header, payload = uri.header, uri.payload
+            header, payload, size = uri.header, uri.payload, uri.size
         else:
             header, _, payload = uri.partition(",")
+            size = len(payload)
         if not (header[:5].lower() == "data:" and header[-7:].lower() == ";base64"):
             raise InvalidRequestError(f"{field}: must be a data URI such as data:image/png;base64,...")
-        self._check_size(len(payload) // 4 * 3 - 2, field, modality)  # before a copy of it is made
+        self._check_size(size // 4 * 3 - 2, field, modality)  # before a copy of it is made
         try:
             return _decoded(payload)
         except ValueError:

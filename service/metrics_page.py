@@ -13,10 +13,12 @@ import uvicorn
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import BrokerAwayError
+from service.health import livez
 from service.jobs import broker_within
 from service.openapi import problems
 from worker.contract import queue_name
@@ -54,9 +56,10 @@ async def metrics(here: Here) -> Response:
 
 @asynccontextmanager
 async def serving(here: Context) -> AsyncIterator[None]:
-    """Serves `/metrics` on `metrics_port` while the block runs; not at all for port 0.
+    """Serves `/metrics`, and `/livez`, on `metrics_port` while the block runs; not at all for port 0.
 
-    In this event loop: the numbers are this process's own. Raises `OSError` if the port cannot be had.
+    In this event loop: the numbers are this process's own, and the probe is answered as long as it turns,
+    also when the main port has all the connections that it takes. Raises `OSError` if the port cannot be had.
     """
     settings = here.settings
     if not settings.metrics_port:
@@ -66,9 +69,12 @@ async def serving(here: Context) -> AsyncIterator[None]:
     async def page(_request: Request) -> Response:
         return await metrics(here)
 
+    async def live(_request: Request) -> Response:
+        return JSONResponse(await livez())
+
     family = socket.AF_INET6 if ":" in settings.metrics_host else socket.AF_INET
     with socket.create_server((settings.metrics_host, settings.metrics_port), family=family) as listening:
-        app = Starlette(routes=[Route("/metrics", page)])
+        app = Starlette(routes=[Route("/metrics", page), Route("/livez", live)])
         server = _Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
         serve = asyncio.create_task(server.serve(sockets=[listening]))
         try:

@@ -93,6 +93,9 @@ class ServiceSettings(ListenSettings):
     """Where uploaded media are kept for the workers: a `file://` directory, S3, GCS or Azure."""
     model: str = "prism-demo"
     """Answers requests that name no model; `/healthz` watches its workers."""
+    models: Names = ()
+    """The other models that are meant to be served, separated by commas: they are known, and missed, before a
+    worker of theirs was ever seen. Models that are not named here are served too while they have workers."""
 
     broker_timeout_s: Annotated[float, Field(gt=0)] = 0.8
     """After this long a silent broker counts as away: the caller hears of it within a second."""
@@ -150,7 +153,8 @@ class ServiceSettings(ListenSettings):
     """Comma-separated URLs whose metrics `/metrics` appends, one worker each; `make serve` names its own."""
     metrics_host: str = "127.0.0.1"
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Moves `/metrics` to a port of its own, which asks for no key; 0 leaves it with the other routes."""
+    """Moves `/metrics` to a port of its own, which asks for no key; 0 leaves it with the other routes.
+    `/livez` is answered there too, where `max_connections` does not count."""
     tracing_endpoint: TracingEndpoint | None = None
     """An OpenTelemetry collector that takes OTLP over HTTP, such as `http://collector:4318`: turns traces on.
     Needs the extra `tracing`; OpenTelemetry's own `OTEL_` variables say the rest."""
@@ -162,7 +166,7 @@ class ServiceSettings(ListenSettings):
     build_revision: str | None = None
     """The commit that an image was built from; shown by `/version`."""
 
-    @field_validator("metrics_upstreams", "allowed_media_domains", mode="before")
+    @field_validator("models", "metrics_upstreams", "allowed_media_domains", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         return _split(value)

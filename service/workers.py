@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FORGET_AFTER_S = 3600.0
+"""A model that is not named in the settings and has no worker for so long is one that was taken away."""
+
 
 class Workers:
     """Reads the heartbeats, and remembers when each model was last served."""
@@ -26,11 +29,13 @@ class Workers:
     def __init__(self, redis: Redis, settings: ServiceSettings) -> None:
         self._redis = redis
         self._settings = settings
-        self._last_seen = {settings.model: time.time()}  # its first worker is given the grace period too
+        self._expected = {settings.model, *settings.models}
+        # Their first workers are given the grace period too.
+        self._last_seen = dict.fromkeys(self._expected, time.time())
 
     @property
     def models(self) -> tuple[str, ...]:
-        """The default model and every model that a worker was seen with."""
+        """Those of the settings, and every model that a worker was lately seen with."""
         return tuple(sorted(self._last_seen))
 
     async def fresh(self) -> list[WorkerStatus]:
@@ -40,6 +45,9 @@ class Workers:
         seen = [status for status in map(_parse, beats) if status is not None]
         for status in seen:
             self._last_seen[status.model] = max(status.seen_at, self._last_seen.get(status.model, 0))
+        for model in [each for each, at in self._last_seen.items() if time.time() - at > FORGET_AFTER_S]:
+            if model not in self._expected:
+                del self._last_seen[model]
         return [status for status in seen if time.time() - status.seen_at <= WORKER_FRESH_S]
 
     async def expect(self, model: str) -> None:

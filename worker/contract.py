@@ -128,6 +128,15 @@ class Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Told(Frozen):
+    """What a worker tells the front end.
+
+    One of a later version may tell more, which is left out here: workers are updated first.
+    """
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class JobState(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
@@ -158,7 +167,7 @@ class EventName(StrEnum):
         return cls.COMPLETED if state is JobState.SUCCEEDED else cls(state)
 
 
-class Problem(Frozen):
+class Problem(Told):
     """An error as it crosses the queue; the front end turns it into RFC 9457 problem details."""
 
     slug: str
@@ -352,7 +361,7 @@ class DeadLetter(Frozen):
     given_up_at: float
 
 
-class WorkerStatus(Frozen):
+class WorkerStatus(Told):
     """A worker's heartbeat. `warm` means that a request would be answered now."""
 
     worker_id: str

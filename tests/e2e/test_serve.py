@@ -25,9 +25,8 @@ QUESTION = "What color is the star?"
 PICTURE = data_uri((ROOT / "examples" / "scene.png").read_bytes())
 EXAMPLE_ANSWER = "red"
 """The colour of the one star in `examples/scene.png`."""
-QUESTIONS_A_BUDGET = 40
 CLIENTS = 4
-LEAST_ACCURACY = 0.9
+LEAST_ACCURACY = 0.95
 """The model card's figure less the spread of so few questions; raise it with the weights."""
 
 
@@ -57,12 +56,12 @@ def test_the_printed_curl_gives_the_right_answer_for_64_of_576_tokens(tree: Tree
     assert body["memory"]["peak_bytes"] > 0
 
 
-@pytest.mark.parametrize("budget", [576, 64, 32])
-def test_easy_vqa_is_answered_over_http(tree: Tree, budget: int) -> None:
+@pytest.mark.parametrize(("budget", "number"), [(576, 20), (64, 40), (32, 40)])
+def test_easy_vqa_is_answered_over_http(tree: Tree, budget: int, number: int) -> None:
     """Test pictures that the model was not trained on, posted by several clients at once."""
     data = parts.fetch(parts.EASY_VQA) / "test"
     questions = json.loads((data / "questions.json").read_text())
-    sample = questions[:: len(questions) // QUESTIONS_A_BUDGET][:QUESTIONS_A_BUDGET]
+    sample = questions[:: len(questions) // number][:number]
 
     def right(entry: tuple[str, str, int]) -> bool:
         question, answer, picture = entry

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from service import long_texts, media
-from service.body import MAX_COMMAS
+from service.body import MAX_COMMAS, MAX_QUOTES
+from service.errors import BodyTooLargeError
 from service.long_texts import taken_out
-from tests.service.conftest import MODEL, data_uri, problem, question
+from tests.service.conftest import MODEL, data_uri, problem, question, serving
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     import httpx
 
     from service.long_texts import DataUri
-    from tests.service.conftest import StandInWorker
+    from tests.service.conftest import MakeSettings, StandInWorker
 
 PIECE = 16
 
@@ -143,14 +144,33 @@ async def test_a_long_data_uri_in_another_place_is_refused_as_any_long_text(
     assert refused[0].json()["detail"] == refused[1].json()["detail"]
 
 
+def noise() -> bytes:
+    """A picture of some 180 kB."""
+    values = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+async def test_escaped_slashes_do_not_count_as_picture(
+    make_settings: MakeSettings, worker: StandInWorker
+) -> None:
+    """A file of just the greatest size is taken however its base64 is written, and one byte more is not."""
+    data = noise()
+    body = json.dumps(question(image=data_uri(data)))
+    for limit, status in ((len(data), 200), (len(data) - 1, 413)):
+        async with serving(make_settings(max_image_bytes=limit)) as client:
+            for written in (body, body.replace("/", "\\/")):
+                headers = {"content-type": "application/json"}
+                reply = await client.post("/v1/answer", content=written, headers=headers)
+                assert reply.status_code == status, reply.text
+
+
 async def test_a_large_picture_is_answered_on_every_route(
     client: httpx.AsyncClient, worker: StandInWorker
 ) -> None:
     """Its base64 as it is, and with slashes escaped."""
-    noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(noise).save(buffer, "PNG")
-    uri = data_uri(buffer.getvalue())
+    uri = data_uri(noise())
     assert len(uri) > 2 * long_texts.LONG
     chat = {
         "model": MODEL,
@@ -197,6 +217,21 @@ async def test_a_body_of_very_many_values_is_not_parsed(client: httpx.AsyncClien
         assert "commas" in problem(refused, 413, "body-too-large")
     else:
         assert (refused.status_code, refused.json()["error"]["code"]) == (413, "body-too-large")
+
+
+async def test_a_body_of_very_many_quotation_marks_is_not_searched(client: httpx.AsyncClient) -> None:
+    """The search for data URIs goes from one to the next."""
+    body = b'"' * (MAX_QUOTES + 1)
+    refused = await client.post("/v1/answer", content=body, headers={"content-type": "application/json"})
+    assert "quotation marks" in problem(refused, 413, "body-too-large")
+
+
+def test_no_more_is_searched_for_data_uris_than_may_be_beside_them() -> None:
+    """One that lies further on makes no difference: such a body is refused."""
+    image = "data:image/png;base64," + "A" * 70_000
+    beside = json.dumps({"question": "\n" * (long_texts.MAX_REST // 2), "image": image})
+    with pytest.raises(BodyTooLargeError):
+        taken_out(bytearray(beside.encode()), 100)
 
 
 async def test_long_texts_with_many_commas_are_fine(client: httpx.AsyncClient, worker: StandInWorker) -> None:

@@ -28,7 +28,8 @@ async def test_metrics_move_to_a_port_of_their_own(
             assert page.status_code == 200
             assert 'route="/livez"' in page.text
             assert 'prismprune_workers{model="prism-demo"} 1.0' in page.text
-            assert (await scraper.get("/livez")).status_code == 404
+            assert (await scraper.get("/livez")).json() == {"status": "ok"}
+            assert (await scraper.get("/readyz")).status_code == 404
         with pytest.raises(httpx.ConnectError):
             await scraper.get("/metrics")
 

@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import io
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 from PIL import ExifTags, Image
@@ -24,7 +25,6 @@ from worker.contract import MediaRef, media_key, media_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
 
     import httpx
     from redis import Redis
@@ -340,3 +340,21 @@ async def test_media_that_the_broker_has_forgotten_are_deleted_in_time(
         await parts.sweeper.adopt_strays()
         assert await parts.sweeper.sweep() == 1
     assert [path.name for path in (media_directory / "media").iterdir()] == ["README"]
+
+
+@pytest.mark.parametrize("multipart", [False, True])
+async def test_a_full_disk_is_a_clear_refusal(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, *, multipart: bool
+) -> None:
+    """503 and when to come again, for the body itself and for a part of a form."""
+
+    def full(**_: Any) -> IO[bytes]:
+        return Path("/dev/full").open("wb", buffering=0)
+
+    monkeypatch.setattr("service.uploads.spooled_file", full)
+    monkeypatch.setattr("starlette.formparsers.SpooledTemporaryFile", full)
+    sent: dict[str, Any] = {"files": {"file": png()}} if multipart else {"content": png()}
+    response = await client.post("/v1/media", **sent)
+    assert response.status_code == 503, response.text
+    assert response.json()["type"].endswith("/media-store-away")
+    assert int(response.headers["Retry-After"]) > 0
