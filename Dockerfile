@@ -1,7 +1,7 @@
 # Two images: `service` (no torch, no numpy, no video library) and `worker`.
 #
-#   docker build --target service -t prismprune/service .
-#   docker build --target worker  -t prismprune/worker .
+#   docker build --target service -t prismprune/service:0.1.0 .
+#   docker build --target worker -t prismprune/worker:0.1.0 .
 #
 # PIP_ARGS: options for pip, such as another index or one with CPU-only builds of torch. REVISION: the commit,
 # shown by /version. PYTHON_IMAGE: the base; pin it by digest where builds must be the same for ever.

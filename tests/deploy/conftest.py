@@ -59,6 +59,22 @@ def program(name: str) -> str:
     return found
 
 
+def size(text: str) -> int:
+    """Bytes of `700mb`, `1g` or `4Gi`, as Valkey, Docker and Kubernetes write powers of two."""
+    number, unit = present(re.fullmatch(r"(\d+)([kmg]?)(?:b|i)?", text.lower())).groups()
+    return int(number) << {"": 0, "k": 10, "m": 20, "g": 30}[unit]
+
+
+def keeps_accepted_jobs(command: list[str], memory_limit: str) -> bool:
+    """Whether a broker writes jobs to disk, evicts none, and refuses new ones before its memory is used up.
+
+    A quarter to a third of it is left, for buffers and for the copy while the append-only file is rewritten.
+    """
+    told = dict(zip(command[1::2], command[2::2], strict=True))
+    kept = (told["--appendonly"], told["--maxmemory-policy"]) == ("yes", "noeviction")
+    return kept and 2 / 3 < size(told["--maxmemory"]) / size(memory_limit) < 3 / 4
+
+
 @cache
 def rendered(overlay: str) -> tuple[Document, ...]:
     """Every document of an overlay, as `kubectl apply -k` would send it."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from service.settings import ServiceSettings
-from tests.deploy.conftest import ROOT, Document, accepted, variables
+from tests.deploy.conftest import ROOT, Document, accepted, keeps_accepted_jobs, variables
 
 if TYPE_CHECKING:
     from tests.deploy.conftest import Compose
@@ -142,23 +142,40 @@ def test_front_end_and_worker_share_the_media(compose: Compose) -> None:
     assert f"--group=prism /cache {directory}" in stage("base")
 
 
-def test_grace_is_longer_than_the_longest_job(compose: Compose) -> None:
-    """`docker compose stop` lets running jobs end."""
+def test_uploads_are_spooled_on_disk(compose: Compose) -> None:
+    """A tmpfs counts as the container's memory, of which a few of the largest videos would leave nothing."""
+    front_end = compose()["service"]
+    assert "spool:/tmp" in front_end["volumes"]
+    assert "tmpfs" not in front_end
+
+
+def test_the_images_have_the_names_that_they_are_built_by() -> None:
+    """By the Dockerfile's commands, in compose and in the manifests; the tag is this version."""
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    built = dict(re.findall(r"^#   docker build --target (\S+) +-t (\S+) \.$", DOCKERFILE, re.MULTILINE))
+    assert built == {name: f"prismprune/{name}:{version}" for name in OURS}
+    composed = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    assert built == {name: composed[name]["image"] for name in OURS}
+    for name, path in (("service", "k8s/base/service.yaml"), ("worker", "k8s/worker/worker.yaml")):
+        assert f" image: {built[name]}\n" in (ROOT / path).read_text()
+
+
+def test_grace_is_longer_than_the_longest_wait(compose: Compose) -> None:
+    """`docker compose stop` lets running jobs end, and callers have their answers."""
     services = compose()
     front_end = accepted("service", told(services["service"], "service"))
     worker = accepted("worker", told(services["worker"], "worker"))
     assert isinstance(front_end, ServiceSettings)
     assert worker.grace_s >= front_end.max_deadline_s
+    assert front_end.grace_s >= max(front_end.max_timeout_s, front_end.max_deadline_s)
     assert seconds(services["worker"]["stop_grace_period"]) >= worker.grace_s + 10
     assert seconds(services["service"]["stop_grace_period"]) >= front_end.grace_s + 10
 
 
 def test_the_broker_keeps_accepted_jobs(compose: Compose) -> None:
-    """Written to disk on a volume, and nothing is evicted."""
+    """Written to disk on a volume, nothing is evicted, and a full broker refuses instead of being killed."""
     broker = compose()["broker"]
-    command = broker["command"]
-    assert command[command.index("--appendonly") + 1] == "yes"
-    assert command[command.index("--maxmemory-policy") + 1] == "noeviction"
+    assert keeps_accepted_jobs(broker["command"], broker["mem_limit"])
     assert "broker:/data" in broker["volumes"]
 
 

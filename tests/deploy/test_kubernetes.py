@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from ipaddress import IPv4Address, IPv4Network
 from typing import TYPE_CHECKING
 
 import kubernetes_validate
@@ -11,7 +13,17 @@ import yaml
 
 from service.app import create_app
 from service.settings import ServiceSettings
-from tests.deploy.conftest import OVERLAYS, ROOT, Document, accepted, kustomized, rendered, variables
+from tests.deploy.conftest import (
+    OVERLAYS,
+    ROOT,
+    Document,
+    accepted,
+    keeps_accepted_jobs,
+    kustomized,
+    rendered,
+    size,
+    variables,
+)
 from tests.present import present
 from worker.probes import STALLED_S, Probes
 
@@ -42,13 +54,23 @@ CUSTOM: dict[tuple[str, str], dict[str, set[str]]] = {
             "triggers",
         },
         "triggers": {"type", "metricType", "metadata"},
-        "fallback": {"failureThreshold", "replicas"},
+        "fallback": {"failureThreshold", "replicas", "behavior"},
         "advanced": {"horizontalPodAutoscalerConfig"},
     },
 }
 """The custom kinds in use, and those fields of their specs that we need, by where they stand."""
-FOREIGN = {"HF_TOKEN", "HF_HOME", "AWS_REGION", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
-"""Environment of the hub's client and the object store's."""
+FOREIGN = {
+    "HF_TOKEN",
+    "HF_HOME",
+    "AWS_REGION",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "OMP_NUM_THREADS",
+}
+"""Environment of the hub's client, the object store's, and of torch's threads."""
+LINK_LOCAL = IPv4Network("169.254.0.0/16")
+METADATA = ("169.254.169.254", "169.254.170.2", "169.254.170.23")
+"""Where clouds hand out the machine's credentials, and the container's."""
 Documents = tuple[Document, ...]
 
 
@@ -102,7 +124,15 @@ def environment(container: Document, documents: Documents) -> dict[str, str]:
             for each in of_kind(documents, kind):
                 if each["metadata"]["name"] == name:
                     found |= dict.fromkeys(each["data"], "") if kind == "Secret" else each["data"]
-    return found | {each["name"]: each["value"] for each in container.get("env", ())}
+    return found | {each["name"]: value(each, container) for each in container.get("env", ())}
+
+
+def value(entry: Document, container: Document) -> str:
+    """Of one variable: as it is written, or the container's own resource that it refers to."""
+    if "value" in entry:
+        return str(entry["value"])
+    bound, _, resource = entry["valueFrom"]["resourceFieldRef"]["resource"].partition(".")
+    return str(container["resources"][bound][resource])
 
 
 def test_every_document_is_what_kubernetes_takes(documents: Documents) -> None:
@@ -183,16 +213,26 @@ def test_probes_ask_for_routes_and_ports_that_exist(documents: Documents) -> Non
     """The front end's are its own routes that need neither key nor broker; a worker's are its `Probes`."""
     application = create_app(ServiceSettings(media_url="memory:///", metrics_port=9100))
     routes = application.openapi()["paths"].keys() & {"/livez", "/readyz"}
-    open_routes = {"service": routes, "worker": {"/livez", "/readyz"}}
-    for name, container in containers(documents):
+    open_routes = {
+        ("service", "http"): routes,
+        ("service", "metrics"): {"/livez"},
+        ("worker", "metrics"): {"/livez", "/readyz"},
+    }
+    for name, container in ours(documents):
         ports = {each["name"]: each["containerPort"] for each in container["ports"]}
         for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-            if "httpGet" in container[probe]:
-                assert container[probe]["httpGet"]["path"] in open_routes[name]
-                assert container[probe]["httpGet"]["port"] in ports
-        if name in open_routes:
-            assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
-            assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+            asked = container[probe]["httpGet"]
+            assert asked["port"] in ports
+            assert asked["path"] in open_routes[name, asked["port"]]
+        assert container["livenessProbe"]["httpGet"]["path"] == "/livez"
+        assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
+
+
+def test_a_full_front_end_gets_no_more_callers_but_is_not_restarted(documents: Documents) -> None:
+    """The callers' port refuses everybody then, probes too; on the metrics port nobody waits in line."""
+    for _, container in ours(documents, "service"):
+        assert container["readinessProbe"]["httpGet"]["port"] == "http"
+        assert container["livenessProbe"]["httpGet"]["port"] == "metrics"
 
 
 def test_a_worker_may_load_for_long_before_it_is_judged(documents: Documents) -> None:
@@ -279,14 +319,34 @@ def test_nothing_is_open_but_what_a_policy_opens(documents: Documents) -> None:
 def test_the_metadata_service_is_out_of_reach(documents: Documents) -> None:
     """Whoever may leave the cluster may not go to the cloud's credentials."""
     blocks = [
-        to["ipBlock"]
+        (IPv4Network(to["ipBlock"]["cidr"]), to["ipBlock"].get("except", ()), opened["ports"])
         for policy in of_kind(documents, "NetworkPolicy")
         for opened in policy["spec"].get("egress", ())
         for to in opened.get("to", ())
         if "ipBlock" in to
     ]
-    assert blocks
-    assert all("169.254.0.0/16" in block["except"] for block in blocks)
+    assert any(not block.subnet_of(LINK_LOCAL) for block, _, _ in blocks)
+    for block, but_for, ports in blocks:
+        if block.subnet_of(LINK_LOCAL):  # the node's own resolver
+            assert not any(IPv4Address(address) in block for address in METADATA)
+            assert {port["port"] for port in ports} == {53}
+        else:
+            assert str(LINK_LOCAL) in but_for
+
+
+def test_names_are_resolved_by_the_cluster_or_on_the_node(documents: Documents) -> None:
+    """Every pod may ask the resolver in `kube-system`, or NodeLocal DNSCache, which is in no namespace."""
+    (policy,) = (
+        each["spec"]
+        for each in of_kind(documents, "NetworkPolicy")
+        if any(port["port"] == 53 for opened in each["spec"].get("egress", ()) for port in opened["ports"])
+    )
+    assert policy["podSelector"] == {}
+    (opened,) = policy["egress"]
+    assert {port["protocol"] for port in opened["ports"]} == {"UDP", "TCP"}
+    on_the_node = {to["ipBlock"]["cidr"] for to in opened["to"] if "ipBlock" in to}
+    assert on_the_node == {"169.254.20.10/32", "169.254.25.10/32"}
+    assert any("namespaceSelector" in to for to in opened["to"])
 
 
 def test_the_environment_names_settings_that_exist(documents: Documents) -> None:
@@ -294,7 +354,7 @@ def test_the_environment_names_settings_that_exist(documents: Documents) -> None
     either = variables("service") | variables("worker")
     for name, container in ours(documents):
         own = {each["name"] for each in container.get("env", ())}
-        assert own <= variables(name)
+        assert own <= variables(name) | FOREIGN
         assert environment(container, documents).keys() <= either | FOREIGN
 
 
@@ -304,10 +364,10 @@ def test_the_settings_accept_the_environment(documents: Documents) -> None:
     assert len(stores) == 1
 
 
-def test_grace_is_longer_than_the_longest_job(documents: Documents) -> None:
-    """A worker that is asked to go finishes what it holds; a front end closes what it has open."""
+def test_grace_is_longer_than_the_longest_job_and_the_longest_wait(documents: Documents) -> None:
+    """A worker that is asked to go finishes what it holds; a front end stays for callers who wait."""
     graces: dict[str, set[float]] = {"service": set(), "worker": set()}
-    longest = 0.0
+    longest_job = longest_wait = 0.0
     for document, pod in workloads(documents):
         name = document["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"]
         if name not in graces:
@@ -318,9 +378,81 @@ def test_grace_is_longer_than_the_longest_job(documents: Documents) -> None:
         assert pod["terminationGracePeriodSeconds"] >= pause + settings.grace_s + 10
         graces[name].add(settings.grace_s)
         if isinstance(settings, ServiceSettings):
-            longest = settings.max_deadline_s
-    assert longest
-    assert min(graces["worker"]) >= longest
+            longest_job = settings.max_deadline_s
+            longest_wait = max(settings.max_timeout_s, settings.max_deadline_s)  # a stream ends with its job
+    assert longest_job
+    assert min(graces["worker"]) >= longest_job
+    assert min(graces["service"]) >= longest_wait
+
+
+def test_a_rollout_has_failed_only_after_drain_and_startup(documents: Documents) -> None:
+    """On a full cluster the new worker waits for the old one's GPU, and then loads its model."""
+    for document, pod in workloads(documents):
+        if document["metadata"]["labels"]["app.kubernetes.io/name"] == "worker":
+            startup = pod["containers"][0]["startupProbe"]
+            loading_s = startup["periodSeconds"] * startup["failureThreshold"]
+            drained_s = pod["terminationGracePeriodSeconds"]
+            assert document["spec"]["progressDeadlineSeconds"] > drained_s + loading_s
+
+
+def test_pods_that_never_get_ready_do_not_keep_a_node(documents: Documents) -> None:
+    """A drain may evict them whatever the budget says: nobody is served by them."""
+    budgets = of_kind(documents, "PodDisruptionBudget")
+    assert budgets
+    assert {each["spec"]["unhealthyPodEvictionPolicy"] for each in budgets} == {"AlwaysAllow"}
+
+
+def test_a_worker_starts_as_many_threads_as_it_has_cores(documents: Documents) -> None:
+    """Left alone it starts one a core of the node, and those beyond the quota spin the others' time away."""
+    for _, container in ours(documents, "worker"):
+        assert environment(container, documents)["OMP_NUM_THREADS"] == container["resources"]["limits"]["cpu"]
+
+
+def test_a_front_end_has_room_for_bodies(documents: Documents) -> None:
+    """Eight of the largest uploads on disk; in memory 32 of the largest JSON bodies, three times each."""
+    for document, pod in workloads(documents):
+        if document["metadata"]["name"] == "service":
+            (container,) = pod["containers"]
+            settings = accepted("service", environment(container, documents))
+            assert isinstance(settings, ServiceSettings)
+            (scratch,) = (each["emptyDir"] for each in pod["volumes"] if each["name"] == "tmp")
+            limits = container["resources"]["limits"]
+            assert scratch.keys() == {"sizeLimit"}  # on disk: in memory it would count against the limit
+            room = min(size(scratch["sizeLimit"]), size(limits["ephemeral-storage"]))
+            assert room >= 8 * settings.max_multipart_bytes
+            assert size(limits["memory"]) >= 32 * 3 * settings.max_json_bytes
+
+
+def test_the_demos_broker_keeps_accepted_jobs() -> None:
+    """On disk, none is evicted, and a full broker refuses instead of being killed."""
+    ((_, broker),) = ours(rendered("cpu-demo"), "valkey")
+    assert keeps_accepted_jobs(broker["args"], broker["resources"]["limits"]["memory"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_a_registry_is_named_in_one_place(overlay: str) -> None:
+    """What an overlay's `images` say is what each of its pods of ours is made from."""
+    body = yaml.safe_load((ROOT / "k8s" / "overlays" / overlay / "kustomization.yaml").read_text())
+    assert [each["name"] for each in body["images"]] == ["prismprune/service", "prismprune/worker"]
+    named = {f"{each['newName']}:{each['newTag']}" for each in body["images"]}
+    assert {container["image"] for _, container in ours(rendered(overlay))} == named
+
+
+def test_the_front_end_expects_every_model_that_is_deployed() -> None:
+    """So that one whose first worker never comes is missed, and the queue of each is there to scale by."""
+    documents = rendered("gpu")
+    ((_, front_end),) = ours(documents, "service")
+    settings = accepted("service", environment(front_end, documents))
+    assert isinstance(settings, ServiceSettings)
+    workers = [accepted("worker", environment(each, documents)) for _, each in ours(documents, "worker")]
+    assert sorted((settings.model, *settings.models)) == sorted(each.model for each in workers)
+
+
+def test_the_shared_cache_names_its_storage_class() -> None:
+    """A default class seldom makes volumes that many nodes can mount: the operator says which one does."""
+    (claim,) = of_kind(rendered("gpu"), "PersistentVolumeClaim")
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert claim["spec"]["storageClassName"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -377,8 +509,36 @@ def test_volumes_that_are_mounted_exist(documents: Documents) -> None:
 def test_secrets_are_not_in_files() -> None:
     """What the cluster with real keys needs is made by hand; the demo's secret holds an address only."""
     assert of_kind(rendered("gpu"), "Secret") == []
-    (secret,) = of_kind(rendered("cpu-demo"), "Secret")
-    assert set(secret["data"]) == {"PRISM_BROKER_URL"}
+    for secret in of_kind(rendered("cpu-demo"), "Secret"):
+        assert set(secret["data"]) == {"PRISM_BROKER_URL"}
+
+
+def test_each_side_has_a_secret_of_its_own(documents: Documents) -> None:
+    """Who takes over a worker, which decodes what strangers send, has not got the callers' keys."""
+    read = {name: secrets_of(container) for name, container in ours(documents)}
+    assert all(len(names) == 1 for names in read.values())
+    assert read["service"] != read["worker"]
+
+
+def secrets_of(container: Document) -> set[str]:
+    return {each["secretRef"]["name"] for each in container["envFrom"] if "secretRef" in each}
+
+
+def test_the_gpu_overlays_head_makes_what_its_pods_read() -> None:
+    """First the namespace, then the secret of each side, with what that side has a use for; then the rest."""
+    text = (ROOT / "k8s/overlays/gpu/kustomization.yaml").read_text()
+    head = re.sub(r"\\\n# *", "", text[: text.index("apiVersion:")])
+    steps = [line.lstrip("# ") for line in head.splitlines() if line.startswith("#   kubectl")]
+    first, *made, last = steps
+    assert (first, last) == ("kubectl apply -f k8s/base/namespace.yaml", "kubectl apply -k k8s/overlays/gpu")
+    wanted = dict(ours(rendered("gpu")))
+    for (name, container), command, own in zip(
+        sorted(wanted.items()), made, ("PRISM_API_KEYS", "HF_TOKEN"), strict=True
+    ):
+        assert command.split()[:6] == ["kubectl", "-n", "prismprune", "create", "secret", "generic"], name
+        assert {command.split()[6]} == secrets_of(container)
+        keys = set(re.findall(r"--from-literal=(\w+)=", command))
+        assert keys == {"PRISM_BROKER_URL", own, "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
 
 
 def test_callers_need_a_key_where_there_is_no_demo() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from typing import TYPE_CHECKING
 
 import promql_parser as promql
 import pytest
@@ -22,6 +23,9 @@ from tests.deploy.conftest import (
     rules,
     selectors,
 )
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 ALERTS = [rule for rule in rules() if "alert" in rule]
 
@@ -111,10 +115,62 @@ def test_autoscaling_counts_waiting_and_running_jobs() -> None:
         (model,) = (entry["value"] for entry in container["env"] if entry["name"] == "PRISM_MODEL")
         (trigger,) = each["triggers"]
         found = selectors(trigger["metadata"]["query"])
-        assert {each.name for each in found} == {"prismprune_queue_depth", "prismprune_jobs_running"}
+        assert {"prismprune_queue_depth", "prismprune_jobs_running"} <= {each.name for each in found}
+        assert {each.name for each in found} <= exported().keys()
         assert all(each.values == {"model": model} for each in found)
         assert isinstance(promql.parse(trigger["metadata"]["query"]), promql.BinaryExpr)
         assert each["minReplicaCount"] >= 1
+
+
+def test_autoscaling_without_numbers_leaves_the_workers_as_they_are() -> None:
+    """A query that gives nothing is an error, and in error no worker is taken away and none is added."""
+    for each in (each["spec"] for each in rendered("gpu") if each["kind"] == "ScaledObject"):
+        (trigger,) = each["triggers"]
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
+        assert trigger["metricType"] == "AverageValue"  # KEDA falls back for no other
+        assert each["fallback"]["behavior"] == "currentReplicasIfHigher"
+        assert each["fallback"]["replicas"] == each["minReplicaCount"]
+
+
+FRONT_END = {"prismprune_queue_depth": 12, "prismprune_workers": 1}
+COUNTERS = {"prismprune_requests_total": 5}
+
+
+@pytest.mark.parametrize(
+    ("series", "jobs"),
+    [
+        pytest.param(FRONT_END | COUNTERS | {"prismprune_jobs_running": 8}, 20, id="a warm worker"),
+        pytest.param(FRONT_END | COUNTERS, 12, id="the first worker loads its model"),
+        pytest.param(FRONT_END | {"prismprune_workers": 0}, 12, id="no worker has come up yet"),
+        pytest.param(FRONT_END, None, id="workers that nobody scrapes"),
+        pytest.param(COUNTERS | {"prismprune_jobs_running": 8}, None, id="front ends that nobody scrapes"),
+    ],
+)
+def test_autoscaling_counts_from_a_cold_start_and_takes_nothing_for_zero(
+    tmp_path: Path, series: dict[str, int], jobs: int | None
+) -> None:
+    """Each model's query has a number wherever it is known, and none where data are missing."""
+    scaled = [each["spec"] for each in rendered("gpu") if each["kind"] == "ScaledObject"]
+    queries = [each["triggers"][0]["metadata"]["query"] for each in scaled]
+    models = [selectors(query)[0].values["model"] for query in queries]
+    given = [(f'{name}{{model="{model}"}}', number) for name, number in series.items() for model in models]
+    asked = [
+        {
+            "expr": query,
+            "eval_time": "5m",
+            "exp_samples": [] if jobs is None else [{"labels": "{}", "value": jobs}],
+        }
+        for query in queries
+    ]
+    test = {
+        "interval": "1m",
+        "input_series": [{"series": name, "values": f"{number}x10"} for name, number in given],
+        "promql_expr_test": asked,
+    }
+    (tmp_path / "test.yml").write_text(yaml.safe_dump({"tests": [test]}))
+    command = [program("promtool"), "test", "rules", str(tmp_path / "test.yml")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_promtool_accepts_the_configuration() -> None:
