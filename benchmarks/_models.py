@@ -62,7 +62,7 @@ def llava(name: str, layers: int, *, nf4: bool) -> PrunedVLM:
     """LLaVA-1.5's geometry, tower and projector whole, the language model with so many of its layers.
 
     Weights are random, in float32; of the language model's layers in NF4 where asked for. They are made one
-    layer after the other, so that no more than one is ever held unquantised.
+    layer after the other, so that no more than one is ever held unquantized.
     """
     shape = LANGUAGE_MODELS[name] | {"num_hidden_layers": 1}
     config = published.llava(LlavaConfig, published.clip_l(SIDE), shape, image_token_index=IMAGE_TOKEN_ID)
@@ -80,7 +80,7 @@ def llava(name: str, layers: int, *, nf4: bool) -> PrunedVLM:
 
 
 def quantized(layer: nn.Module) -> nn.Module:
-    """Its linear layers in NF4 with double quantisation, as the library loads them, computing in float32."""
+    """Its linear layers in NF4 with double quantization, as the library loads them, computing in float32."""
     for parent in list(layer.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear):
@@ -96,5 +96,5 @@ def _quantized(linear: nn.Linear) -> nn.Module:
     shape = linear.in_features, linear.out_features
     made = layers.Linear4bit(*shape, bias=False, compute_dtype=torch.float32, device="meta", **kind)
     made.weight = layers.Params4bit(linear.weight.detach(), requires_grad=False, **kind)
-    moved: nn.Module = made.to("cpu")  # which quantises
+    moved: nn.Module = made.to("cpu")  # which quantizes
     return moved

@@ -48,7 +48,7 @@ PRECISIONS: dict[str, tuple[str, str | None]] = {
     "int8": ("bfloat16", "int8"),
     "nf4": ("bfloat16", "nf4"),
 }
-"""The number format, and the quantisation."""
+"""The number format, and the quantization."""
 REFERENCE, EVERYTHING = "fp32", "all"
 GREEDY = GenerationOptions(max_new_tokens=16)
 

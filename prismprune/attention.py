@@ -2,7 +2,7 @@
 
 Eager attention would give every layer's H x (1+N) x (1+N) matrix, to use one row a head of one layer. So
 the tower keeps SDPA or FlashAttention, and forward hooks note the queries and keys that the block computes
-anyway. Quantised layers work like any other: they are called, and their weights are never looked at.
+anyway. Quantized layers work like any other: they are called, and their weights are never looked at.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ Quantized = Annotated[str | None, typer.Option("--quantization", help="int8 or n
 ComputeDtype = Annotated[
     str | None, typer.Option(help="What nf4 computes in: float32, bfloat16 or float16 [that of the model].")
 ]
-DoubleQuant = Annotated[bool, typer.Option(help="Whether nf4 quantises its scales too.")]
+DoubleQuant = Annotated[bool, typer.Option(help="Whether nf4 quantizes its scales too.")]
 QuantizeAlso = Annotated[
-    list[str] | None, typer.Option(help="Quantise vision, projector or head too; repeat for several.")
+    list[str] | None, typer.Option(help="Quantize vision, projector or head too; repeat for several.")
 ]
 
 

@@ -130,16 +130,18 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def check_head(quantization: Quantization, config: Any) -> None:
-    """Refuse to quantise a head whose weights are the embedding's too, with `InvalidOptionError`."""
+    """Refuse to quantize a head whose weights are the embedding's too, with `InvalidOptionError`."""
     if "head" in quantization.also and getattr(config, "tie_word_embeddings", False):
-        raise InvalidOptionError("This model's head cannot be quantised: its weights are its embedding's.")
+        raise InvalidOptionError("This model's head cannot be quantized: its weights are its embedding's.")
 
 
 def _bitsandbytes(
     quantization: Quantization, compute: torch.dtype, family: type[Family]
 ) -> BitsAndBytesConfig:
     if not is_bitsandbytes_available():
-        raise InvalidOptionError("Quantisation needs bitsandbytes: pip install 'prismprune[quantization]'.")
+        raise InvalidOptionError(
+            "Quantization needs bitsandbytes, the extra `quantization`: pip install -e '.[quantization]'."
+        )
     # A list of one's own replaces that of transformers, which would leave the tower out; it holds for 4 bits
     # as well, and each name is matched from the start of a module's full name.
     spared = quantization.spared(family.outside)

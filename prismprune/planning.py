@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prismprune.families.base import Family
 
 NF4_BLOCK, NF4_SCALES = 64, 256
-"""Weights that share a scale in NF4, and scales that share one of their own (double quantisation)."""
+"""Weights that share a scale in NF4, and scales that share one of their own (double quantization)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +131,7 @@ def _blank(config: Any) -> nn.Module:
 def _weight_bytes(
     model: nn.Module, family: type[Family], itemsize: int, quantization: Quantization | None
 ) -> Iterator[int]:
-    """Of each parameter; the linear layers that are quantised as bitsandbytes stores them."""
+    """Of each parameter; the linear layers that are quantized as bitsandbytes stores them."""
     quantized = {} if quantization is None else _linear_layers(model, quantization.spared(family.outside))
     for parameter in model.parameters():
         layer = quantized.get(id(parameter))

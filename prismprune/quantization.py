@@ -12,9 +12,9 @@ if TYPE_CHECKING:
 
 KINDS = ("int8", "nf4")
 PARTS = ("vision", "projector", "head")
-"""What is quantised only where asked for: the vision tower, the projector, the language model's head."""
+"""What is quantized only where asked for: the vision tower, the projector, the language model's head."""
 DTYPES = ("float32", "bfloat16", "float16")
-"""Number formats of what is not quantised, and of what NF4 computes in."""
+"""Number formats of what is not quantized, and of what NF4 computes in."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +22,8 @@ class Quantization:
     """The language model's linear layers in 8 bits (LLM.int8) or 4 (NF4, of QLoRA), by bitsandbytes.
 
     kind: "int8" or "nf4". compute_dtype: what NF4's layers multiply in, one of `DTYPES`; None: the model's
-    own. double_quant: whether NF4's scales are quantised once more, 0.37 bits a weight less. also: which of
-    `PARTS` are quantised with the language model.
+    own. double_quant: whether NF4's scales are quantized once more, 0.37 bits a weight less. also: which of
+    `PARTS` are quantized with the language model.
 
     Raises `InvalidOptionError` for what is unknown, and for an option of NF4 with int8.
     """
@@ -37,11 +37,11 @@ class Quantization:
         if self.kind not in KINDS:
             raise InvalidOptionError(f"quantization is one of {', '.join(KINDS)}, or none at all.")
         if self.kind != "nf4" and (self.compute_dtype is not None or not self.double_quant):
-            raise InvalidOptionError("A compute dtype and double quantisation are options of nf4.")
+            raise InvalidOptionError("A compute dtype and double quantization are options of nf4.")
         if self.compute_dtype is not None and self.compute_dtype not in DTYPES:
             raise InvalidOptionError(f"The compute dtype is one of {', '.join(DTYPES)}.")
         if not set(self.also) <= set(PARTS):
-            raise InvalidOptionError(f"What can be quantised too is {', '.join(PARTS)}.")
+            raise InvalidOptionError(f"What can be quantized too is {', '.join(PARTS)}.")
 
     @classmethod
     def chosen(
@@ -52,14 +52,14 @@ class Quantization:
         double_quant: bool = True,
         also: Sequence[str] = (),
     ) -> Quantization | None:
-        """What a command line or settings say; None where that is no quantisation.
+        """What a command line or settings say; None where that is no quantization.
 
-        Raises `InvalidOptionError` also for options of a quantisation that is not asked for.
+        Raises `InvalidOptionError` also for options of a quantization that is not asked for.
         """
         if kind is not None:
             return cls(kind, compute_dtype, double_quant, tuple(also))
         if compute_dtype is not None or not double_quant or also:
-            raise InvalidOptionError("Options of a quantisation need one: int8 or nf4.")
+            raise InvalidOptionError("Options of a quantization need one: int8 or nf4.")
         return None
 
     @classmethod

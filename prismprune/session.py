@@ -119,7 +119,7 @@ class Session:
 
     cache: where encodings, and the prefixes of prompts, are looked for and kept; None: nowhere.
 
-    Greedy answers do not depend on the neighbours (float32), nor does what a seed draws.
+    Greedy answers do not depend on the neighbors (float32), nor does what a seed draws.
     """
 
     def __init__(self, family: Family, decoder: Decoder, cache: EncodingCache | None = None) -> None:

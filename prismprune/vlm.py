@@ -135,7 +135,7 @@ class PrunedVLM:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of what is not quantised."""
+        """Of what is not quantized."""
         dtype: torch.dtype = self._family.model.dtype
         return dtype
 
@@ -190,7 +190,7 @@ class PrunedVLM:
     ) -> list[list[Answer]]:
         """Answer all questions of all requests in one batch: a list a request, an answer a question.
 
-        Greedy answers do not depend on the neighbours (float32), nor does what a seed draws.
+        Greedy answers do not depend on the neighbors (float32), nor does what a seed draws.
         """
         return _run(self._answers(requests, should_stop), on_token) if requests else []
 

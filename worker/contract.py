@@ -60,7 +60,7 @@ def _exportable(endpoint: str) -> str:
     try:
         distribution("opentelemetry-exporter-otlp-proto-http")
     except PackageNotFoundError:
-        raise ValueError("traces need the extra `tracing`: pip install 'prismprune[tracing]'") from None
+        raise ValueError("traces need the extra `tracing`: pip install -e '.[tracing]'") from None
     return endpoint
 
 

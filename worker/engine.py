@@ -91,7 +91,7 @@ M = TypeVar("M", bound=Model)
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The answers of one request, the most neighbours it had, and when (monotonic) its turn came.
+    """The answers of one request, the most neighbors it had, and when (monotonic) its turn came.
 
     joined: how many requests, itself included, shared its encoding and its prefill.
     """
@@ -154,7 +154,7 @@ class Limits:
     """How much the engine takes on at once.
 
     max_batch: requests. max_tokens: of text and images, with room for the answers; once those at work may
-    fill it, no other joins. max_wait_s: how long the first of an idle engine waits for expected neighbours.
+    fill it, no other joins. max_wait_s: how long the first of an idle engine waits for expected neighbors.
     """
 
     max_batch: int
@@ -197,7 +197,7 @@ class Engine(Generic[M]):
 
     `load` returns the warm model and runs in the engine's thread. `cache` holds encodings for requests that
     name their media. `expected` says how many requests are on their way here or at work: an idle engine
-    waits for neighbours only while there are some. `on_batch` hears how many requests are at work whenever
+    waits for neighbors only while there are some. `on_batch` hears how many requests are at work whenever
     some have joined. `on_death` is called in the engine's thread when it ends by an error: whoever waits for
     a ticket would wait for ever.
     """

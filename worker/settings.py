@@ -30,9 +30,9 @@ class WorkerSettings(BaseSettings):
     compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """What nf4's layers multiply in; none: the model's own."""
     double_quant: bool = True
-    """Whether nf4's scales are quantised once more."""
+    """Whether nf4's scales are quantized once more."""
     quantize_also: Annotated[tuple[str, ...], NoDecode] = ()
-    """What is quantised besides the language model's layers: `vision`, `projector`, `head`."""
+    """What is quantized besides the language model's layers: `vision`, `projector`, `head`."""
     layout: str | None = None
     """How LLaVA-NeXT packs crops: `native`, or `paper`, without newlines."""
     default_token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] | Literal["all"] = 64
@@ -114,7 +114,7 @@ class WorkerSettings(BaseSettings):
 
     @property
     def quantized(self) -> Quantization | None:
-        """What the four settings of quantisation say together."""
+        """What the four settings of quantization say together."""
         return Quantization.chosen(
             self.quantization,
             compute_dtype=self.compute_dtype,

@@ -66,7 +66,7 @@ class Story:
             self._unsent = []
 
     def _gathered(self) -> list[Event]:
-        """What was told, in order; neighbouring pieces of one answer as one event."""
+        """What was told, in order; neighboring pieces of one answer as one event."""
         entries: list[tuple[int, str] | None] = []
         for _ in range(len(self._told)):
             entry = self._told.popleft()

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 IMAGE_SIZE = 336
 VIDEO_IMAGE_SIZE = 224
 PATCH_SIZE = 14
-VISION_LAYER = 9  # of 12: colour and place are read best there (a linear probe; see the model card)
+VISION_LAYER = 9  # of 12: color and place are read best there (a linear probe; see the model card)
 IMAGE_TOKEN = "<image>"  # noqa: S105 (a placeholder in prompts)
 _RENAMES = (
     ("attention.attention.query", "attention.q_proj"),
@@ -134,7 +134,7 @@ def _renamed(name: str) -> str:
 
 
 def language_part() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """SmolLM2-135M-Instruct, dequantised to float32, with its tokenizer."""
+    """SmolLM2-135M-Instruct, dequantized to float32, with its tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: PLC0415
 
     file = fetch(LANGUAGE)

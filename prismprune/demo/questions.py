@@ -265,7 +265,7 @@ def _unique(things: Iterable[Thing], attribute: str) -> list[Thing]:
 
 
 def _refer(rng: random.Random, scene: Scene | ClipScene, thing: Thing) -> str:
-    """A phrase that means this thing and no other: by shape or colour where unique, else by both."""
+    """A phrase that means this thing and no other: by shape or color where unique, else by both."""
     phrases = [f"the {thing.name}"]
     if thing in _unique(scene.things, "shape"):
         phrases.append(f"the {thing.shape}")
@@ -347,7 +347,7 @@ def _existence(rng: random.Random, scene: Scene) -> _Filled:
 
 
 def _absent(rng: random.Random, scene: Scene, what: str, present: set[str]) -> str:
-    """Something that is not there; for a name, mostly one of a colour or a shape that is."""
+    """Something that is not there; for a name, mostly one of a color or a shape that is."""
     while True:
         color, shape = rng.choice(list(COLORS)), rng.choice(SHAPES)
         near = rng.choice(scene.things)

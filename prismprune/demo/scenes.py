@@ -1,7 +1,7 @@
 """The demo model's world: still scenes of one to six objects, drawn on the fly, and what is true of them.
 
 Everything varies that can: size and aspect ratio of the picture, background (plain, gradient, blobs,
-stripes), noise, blur, exact colour, proportions and tilt. Coordinates are fractions of the picture, so that
+stripes), noise, blur, exact color, proportions and tilt. Coordinates are fractions of the picture, so that
 they survive the resize to the model's square input.
 """
 
@@ -67,7 +67,7 @@ class Scene:
 
 
 def draw_scene(rng: random.Random, count: int | None = None) -> Scene:
-    """Draw a scene of `count` objects (one to six when None), no two of the same colour and shape."""
+    """Draw a scene of `count` objects (one to six when None), no two of the same color and shape."""
     width, height = picture_size(rng)
     background, tone = draw_background(rng, width, height)
     things = arrange(rng, count or rng.randint(1, 6), tone)
@@ -83,7 +83,7 @@ def picture_size(rng: random.Random) -> tuple[int, int]:
 
 
 def arrange(rng: random.Random, count: int, tone: tuple[float, float, float]) -> tuple[Thing, ...]:
-    """Place `count` objects without overlap, each in a colour that stands out from the background `tone`."""
+    """Place `count` objects without overlap, each in a color that stands out from the background `tone`."""
     colors = [name for name, rgb in COLORS.items() if math.dist(rgb, tone) > _CONTRAST]
     while True:
         things: list[Thing] = []
@@ -126,7 +126,7 @@ def _overlap(a: Thing, b: Thing, margin: float = 0.025) -> bool:
 def draw_background(
     rng: random.Random, width: int, height: int
 ) -> tuple[Image.Image, tuple[float, float, float]]:
-    """A background and its mean colour; its own contrast stays well under an object's."""
+    """A background and its mean color; its own contrast stays well under an object's."""
     tone = np.array([rng.uniform(0, 255) for _ in range(3)])
     grey = tone.mean()
     tone = grey + (tone - grey) * rng.uniform(0.0, 0.75)

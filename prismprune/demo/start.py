@@ -1,7 +1,7 @@
 """Where training starts: a projector that already says, in word embeddings, what each patch shows.
 
 From a random projector nothing is learned in thousands of questions. So the start is solved for, not learned:
-a ridge regression from patch features to the summed embeddings of the words for what the patch shows (colour,
+a ridge regression from patch features to the summed embeddings of the words for what the patch shows (color,
 shape, size, character, or background) and for where it lies. Since GELU(z) - GELU(-z) = z, a two-layer
 projector with rows V and -V, and columns US and -US, begins exactly as the linear map USV.
 """

@@ -55,7 +55,7 @@ WORD_NORM = 3.2  # mean norm of SmolLM2's word embeddings: targets of the start 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Everything that decides the outcome. Steps count optimiser steps over both stages."""
+    """Everything that decides the outcome. Steps count optimizer steps over both stages."""
 
     seed: int = 20261122
     steps: int = 1050
@@ -142,7 +142,7 @@ class Stream(IterableDataset[Batch]):
 
 
 class Trainer:
-    """Holds the frozen parts, the trained ones and the optimiser; one `step` a batch."""
+    """Holds the frozen parts, the trained ones and the optimizer; one `step` a batch."""
 
     def __init__(self, recipe: Recipe) -> None:
         from peft import LoraConfig, get_peft_model  # noqa: PLC0415 (training only)
@@ -199,7 +199,7 @@ class Trainer:
         return patches
 
     def step(self, batch: Batch, step: int) -> float:
-        """One optimiser step; returns the mean loss over answer tokens."""
+        """One optimizer step; returns the mean loss over answer tokens."""
         rng = torch.Generator().manual_seed(self.recipe.seed + step)
         features = self.encode(batch.pixels)
         kept = self._kept(features, batch, rng)
@@ -280,7 +280,7 @@ def train(
 ) -> Iterator[dict[str, float]]:
     """Train into `folder`, resuming what lies there; yields a record every ten steps.
 
-    A fresh run begins from the weights in `begin_from`, with a new optimiser, or from the closed-form start.
+    A fresh run begins from the weights in `begin_from`, with a new optimizer, or from the closed-form start.
     """
     trainer = Trainer(recipe)
     if (folder / "resume.pt").exists():

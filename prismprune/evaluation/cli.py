@@ -79,6 +79,7 @@ def compare(
     from prismprune.vlm import PrunedVLM  # noqa: PLC0415 -- loads torch
 
     settings = _settings(method, budget or DEFAULT_BUDGETS)
+    _make_folders(results, csv, plot)
     weights = quantized(quantization, compute_dtype, double_quant, quantize_also)
     subjects = _subjects(questions, pictures)
     vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=weights, layout=layout)
@@ -102,6 +103,16 @@ def _settings(method: Sequence[str] | None, budgets: Sequence[int]) -> list[Sett
         parsed_method(one)
     settings = [(one, tokens) for one in methods for tokens in budgets]
     return list(dict.fromkeys([("none", None), *settings]))
+
+
+def _make_folders(results: Path | None, csv: Path | None, plot: Path | None) -> None:
+    """What cannot be written is told before anything is computed."""
+    from prismprune.evaluation.report import check_plots  # noqa: PLC0415 -- beside the others
+
+    if plot:
+        check_plots()
+    for file in filter(None, (results, csv, plot)):
+        file.parent.mkdir(parents=True, exist_ok=True)
 
 
 def _subjects(questions: str, pictures: int) -> Iterator[Subject]:

@@ -6,6 +6,7 @@ import csv
 import statistics
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
@@ -26,6 +27,12 @@ Setting = tuple[str, int | None]
 UNPRUNED: Setting = ("none", None)
 REFERENCE = "prism"
 """The method that the others are compared with at the same budget."""
+
+
+def check_plots() -> None:
+    """Raise `InvalidOptionError` where matplotlib is not installed."""
+    if find_spec("matplotlib") is None:
+        raise InvalidOptionError("A plot needs matplotlib, the extra `plots`: pip install -e '.[plots]'.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +212,9 @@ class Report:
 
         Raises `InvalidOptionError` where matplotlib is not installed or cannot write that format.
         """
-        try:
-            from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
-        except ModuleNotFoundError:
-            raise InvalidOptionError('A plot needs matplotlib: pip install "prismprune[plots]".') from None
+        check_plots()
+        from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
+
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot(xlabel="visual tokens kept", ylabel="accuracy %", title=self.suite)
         methods = list(dict.fromkeys(method for method, budget in self.tallies if budget is not None))

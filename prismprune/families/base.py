@@ -197,7 +197,7 @@ class Family(ABC):
     """Arguments of the model's `forward` that hold media as its processor makes them, or say how they lie."""
     outside: ClassVar[Mapping[str, tuple[str, ...]]]
     """Full names of the modules around the language model's layers, by `quantization.PARTS`: these keep their
-    16 or 32 bits unless asked, every other linear layer is quantised."""
+    16 or 32 bits unless asked, every other linear layer is quantized."""
 
     def __init__(self, model: Any, processor: Any | None, layout: str | None = None) -> None:
         self.model = model

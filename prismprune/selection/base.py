@@ -108,7 +108,7 @@ class Selector(Protocol):
     """A method: which `k` patches of each image stay.
 
     `k` of at least the number of patches keeps all, and 0 keeps none. An image's selection does not depend on
-    its neighbours in the batch. Ties go to the lower raster index, on every device.
+    its neighbors in the batch. Ties go to the lower raster index, on every device.
 
     needs_keys, needs_projected: the method reads `Scores.keys` or `Scores.projected`, which are computed for
     no other.

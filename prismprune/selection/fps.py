@@ -46,7 +46,7 @@ def farthest_points(
     lower index. The first is, by `start`:
     max_variance: the highest of `variance` [B, M];
     farthest_from_salient: the one farthest from its nearest in `salient` [B, S, d] (none: max_variance);
-    most_isolated: the one farthest from its nearest neighbour.
+    most_isolated: the one farthest from its nearest neighbor.
     Later steps measure to the picked ones only. No step waits for the device.
     """
     images, size, _ = features.shape

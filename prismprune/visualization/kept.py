@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 Color = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 
-# Okabe and Ito's palette: these three stay apart for colour-blind readers too.
+# Okabe and Ito's palette: these three stay apart for color-blind readers too.
 SALIENT: Color = (230, 159, 0)
 DIVERSE: Color = (86, 180, 233)
 KEPT: Color = (0, 158, 115)
 """Where the method does not tell salient from diverse."""
 TINT = 0.25
-"""Share of its colour in a kept patch; the rest is the picture."""
+"""Share of its color in a kept patch; the rest is the picture."""
 DIMMED = 0.3
 """Brightness of what was dropped, in grey."""
 SHORTEST_LONG_SIDE = 672

@@ -24,7 +24,7 @@ pytestmark = [pytest.mark.demo, pytest.mark.timeout(600)]
 QUESTION = "What color is the star?"
 PICTURE = data_uri((ROOT / "examples" / "scene.png").read_bytes())
 EXAMPLE_ANSWER = "red"
-"""The colour of the one star in `examples/scene.png`."""
+"""The color of the one star in `examples/scene.png`."""
 CLIENTS = 4
 LEAST_ACCURACY = 0.95
 """The model card's figure less the spread of so few questions; raise it with the weights."""

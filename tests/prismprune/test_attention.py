@@ -173,7 +173,7 @@ def test_readings_can_nest(tower: Tower, pixels: Tensor) -> None:
 
 
 def test_projections_without_weights_are_read(tower: Tower, pixels: Tensor) -> None:
-    """Quantised layers have no plain weight to look at; they are called, and that is enough."""
+    """Quantized layers have no plain weight to look at; they are called, and that is enough."""
 
     class Opaque(nn.Module):
         def __init__(self, linear: nn.Linear) -> None:

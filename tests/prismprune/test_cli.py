@@ -137,7 +137,7 @@ def test_the_kept_tokens_can_be_drawn(checkpoint: str, image: str, tmp_path: Pat
         (["--num-frames", "0"], 2, "num_frames"),
         (["--dtype", "float8"], 2, "dtype"),
         (["--layout", "spiral"], 2, "layout"),
-        (["--quantize-also", "vision"], 2, "quantisation"),
+        (["--quantize-also", "vision"], 2, "quantization"),
         (["--quantization", "int8", "--no-double-quant"], 2, "nf4"),
         (["--model", "no/such-model-anywhere"], 1, "No model"),
     ],

@@ -46,7 +46,7 @@ seeds = st.integers(0, 2**31)
 @settings(max_examples=30, deadline=None)
 @given(seeds)
 def test_a_scene_holds_distinct_objects_inside_the_picture(seed: int) -> None:
-    """No two objects share colour and shape, and none is cut off."""
+    """No two objects share color and shape, and none is cut off."""
     things = draw_scene(random.Random(seed)).things
     assert len(things) in range(1, 7)
     assert len({thing.name for thing in things}) == len(things)
@@ -65,7 +65,7 @@ def test_the_same_seed_draws_the_same_scene() -> None:
 @settings(max_examples=30, deadline=None)
 @given(seeds)
 def test_answers_about_a_scene_are_true(seed: int) -> None:
-    """Colours, shapes and counts agree with what was drawn, read from the question's own words."""
+    """Colors, shapes and counts agree with what was drawn, read from the question's own words."""
     rng = random.Random(seed)
     scene = draw_scene(rng)
     plain: dict[str, tuple[str, ...]] = {kind: (TRAINED[kind][0],) for kind in TRAINED}

@@ -390,23 +390,27 @@ def write_questions(folder: Path) -> Path:
 def test_the_command_compares_and_writes(checkpoint: Path, tmp_path: Path) -> None:
     """One JSON object on standard output; the table as CSV; the results to resume from."""
     command = ["compare", str(write_questions(tmp_path)), "--model", str(checkpoint), "--json"]
-    command += ["--method", "prism", "--method", "prism:salient_share=0", "--budget", "4"]
-    command += [
-        "--max-new-tokens",
-        "2",
-        "--csv",
-        str(tmp_path / "t.csv"),
-        "--results",
-        str(tmp_path / "r.jsonl"),
-    ]
+    command += ["--method", "prism", "--method", "prism:salient_share=0", "--budget", "4", "--budget", "4"]
+    table, results = tmp_path / "tables" / "t.csv", tmp_path / "runs" / "r.jsonl"  # in folders to be made
+    command += ["--max-new-tokens", "2", "--csv", str(table), "--results", str(results)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     methods = [(row["method"], row["budget"]) for row in found["settings"]]
     assert methods == [("none", "all"), ("prism", 4), ("prism:salient_share=0", 4)]
     assert (found["suite"], found["pictures"]) == ("asked", 2)
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 6
-    assert (tmp_path / "t.csv").read_text().startswith("method,budget,")
+    assert len(results.read_text().splitlines()) == 6
+    assert table.read_text().startswith("method,budget,")
+
+
+def test_a_plot_that_cannot_be_drawn_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after all questions were answered: matplotlib is an extra."""
+    monkeypatch.setattr("prismprune.evaluation.report.find_spec", lambda _: None)
+    command = ["compare", str(write_questions(tmp_path)), "--model", str(tmp_path / "none")]
+    command += ["--plot", "p.png"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "needs matplotlib" in done.output
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_greedy_rows_are_those_of_transformers(model: LlamaForCausalLM) -> None:
         assert outcome.finish_reason == "length"
 
 
-def test_seeded_rows_do_not_depend_on_their_neighbours(model: LlamaForCausalLM) -> None:
+def test_seeded_rows_do_not_depend_on_their_neighbors(model: LlamaForCausalLM) -> None:
     """The same seed draws the same answer in a batch and alone; greedy rows beside it stay greedy."""
     options = [
         GenerationOptions(max_new_tokens=12, temperature=1.0, seed=7),
@@ -143,7 +143,7 @@ def test_a_tiny_top_p_and_a_tiny_temperature_are_greedy(model: LlamaForCausalLM)
 
 
 def test_an_end_token_ends_its_row_and_is_not_part_of_the_answer(model: LlamaForCausalLM) -> None:
-    """The row stops before the end token; its neighbours go on."""
+    """The row stops before the end token; its neighbors go on."""
     free = alone(model, "x", GenerationOptions(max_new_tokens=10)).token_ids
     end = free[4]
     before = free.index(end)
@@ -154,7 +154,7 @@ def test_an_end_token_ends_its_row_and_is_not_part_of_the_answer(model: LlamaFor
     assert rows[1].token_ids == alone(model, "yy", GenerationOptions(max_new_tokens=10), [end]).token_ids
 
 
-def test_the_cache_is_counted_without_padding_and_without_neighbours(model: LlamaForCausalLM) -> None:
+def test_the_cache_is_counted_without_padding_and_without_neighbors(model: LlamaForCausalLM) -> None:
     """2 (keys, values) x 2 layers x 2 heads x 8 x 4 bytes a token: the prompt's and those fed back."""
     options = [GenerationOptions(max_new_tokens=limit) for limit in (1, 5)]
     outcomes, _ = generate(decoder(model), [prompt("abc"), prompt("a" * 40)], options)

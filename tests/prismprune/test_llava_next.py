@@ -171,7 +171,7 @@ def test_candidates_are_what_transformers_does_not_unpad(
 def test_the_boxes_of_the_crops_tile_the_padded_picture(
     family: LlavaNextFamily, width: int, height: int
 ) -> None:
-    """Each begins where its neighbour ends, and what the model sees of them covers the picture."""
+    """Each begins where its neighbor ends, and what the model sees of them covers the picture."""
     mosaic = family._mosaic((width, height))
     boxes = family._boxes((width, height), mosaic)
     columns = mosaic.crops[1]

@@ -123,7 +123,7 @@ def palette_with_hole() -> Image.Image:
         pytest.param(encoded(Image.new("LA", (4, 4), (0, 0))), WHITE, id="grey-alpha"),
         pytest.param(encoded(palette_with_hole(), transparency=0), WHITE, id="palette"),
         pytest.param(encoded(palette_with_hole(), "GIF", transparency=0), WHITE, id="gif"),
-        pytest.param(encoded(Image.new("RGB", (4, 4), RED), transparency=RED), WHITE, id="colour-key"),
+        pytest.param(encoded(Image.new("RGB", (4, 4), RED), transparency=RED), WHITE, id="color-key"),
         pytest.param(encoded(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "WEBP"), WHITE, id="webp"),
     ],
 )
@@ -140,7 +140,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(value: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
-def test_every_colour_mode_becomes_rgb(mode: str) -> None:
+def test_every_color_mode_becomes_rgb(mode: str) -> None:
     """Black and white, grey, palette, CMYK and YCbCr pictures come out as RGB."""
     kind = "JPEG" if mode in {"CMYK", "YCbCr"} else "PNG"
     picture = decode_image(encoded(Image.new("RGB", (8, 8), "white").convert(mode), kind))

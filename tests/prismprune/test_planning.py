@@ -48,7 +48,7 @@ def test_a_7b_takes_half_a_mebibyte_a_token(tmp_path: Path) -> None:
     assert kept.weight_bytes == everything.weight_bytes == 2 * planned.parameters
 
 
-def test_quantised_weights_are_smaller_and_the_tower_is_not(tmp_path: Path) -> None:
+def test_quantized_weights_are_smaller_and_the_tower_is_not(tmp_path: Path) -> None:
     """LLaVA-1.6-13B: 8 bits near a half, NF4 near a quarter plus what stays in half precision."""
     model = config_of(tmp_path, LlavaNextConfig, VICUNA_13B)
     half, int8, nf4 = (

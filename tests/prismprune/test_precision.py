@@ -1,4 +1,4 @@
-"""Quantised language models: which layers are, what they take, and that they answer."""
+"""Quantized language models: which layers are, what they take, and that they answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def stored_bytes(model: nn.Module) -> int:
 
 @pytest.mark.parametrize("quantization", sorted(LAYERS))
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
-def test_only_the_language_models_layers_are_quantised(
+def test_only_the_language_models_layers_are_quantized(
     checkpoints: Callable[[str], Path], name: str, quantization: str
 ) -> None:
     """Tower, projector and head keep their numbers; pruned questions are answered, and scores are read."""
@@ -72,7 +72,7 @@ def test_only_the_language_models_layers_are_quantised(
     "quantization", [Quantization("int8"), Quantization("nf4", double_quant=False)], ids=str
 )
 @pytest.mark.parametrize("name", sorted(CHECKPOINTS))
-def test_what_is_quantised_too_is_that_part_alone(
+def test_what_is_quantized_too_is_that_part_alone(
     checkpoints: Callable[[str], Path], name: str, quantization: Quantization, part: str
 ) -> None:
     """Every linear layer of it and of the language model, none other; planned to the byte; and it answers."""
@@ -93,7 +93,7 @@ def test_what_is_quantised_too_is_that_part_alone(
 def test_nf4_computes_in_the_models_numbers_or_in_those_asked_for(
     tiny_llava: Path, asked: str | None, computed: torch.dtype
 ) -> None:
-    """Of every layer that is quantised."""
+    """Of every layer that is quantized."""
     chosen = Quantization("nf4", compute_dtype=asked)
     model = PrunedVLM.from_pretrained(tiny_llava, device="cpu", dtype="bfloat16", quantization=chosen).model
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
@@ -123,18 +123,18 @@ def test_int8_does_not_log_each_layer(tiny_llava: Path, caplog: pytest.LogCaptur
     ids=str,
 )
 def test_options_that_would_do_nothing_are_refused(options: dict[str, Any]) -> None:
-    """What is unknown, what the kind has not, and what is said of a quantisation that is not asked for."""
+    """What is unknown, what the kind has not, and what is said of a quantization that is not asked for."""
     with pytest.raises(InvalidOptionError):
         Quantization.chosen(**options)
 
 
-def test_no_quantisation_is_one() -> None:
+def test_no_quantization_is_one() -> None:
     """Neither a kind nor an option of one."""
     assert Quantization.chosen(None) is None
     assert Quantization.chosen("nf4", also=["head"]) == Quantization("nf4", also=("head",))
 
 
-def test_a_head_that_is_the_embedding_is_not_quantised(tmp_path: Path) -> None:
+def test_a_head_that_is_the_embedding_is_not_quantized(tmp_path: Path) -> None:
     """Refused by the plan and before a weight is loaded: the embedding would be lost with it."""
     folder = save_tiny_llava(tmp_path / "tied")
     config = json.loads((folder / "config.json").read_text())
@@ -148,7 +148,7 @@ def test_a_head_that_is_the_embedding_is_not_quantised(tmp_path: Path) -> None:
 
 @pytest.mark.demo
 @pytest.mark.parametrize("quantization", sorted(LAYERS))
-def test_the_quantised_demo_takes_what_was_planned_and_answers(quantization: str) -> None:
+def test_the_quantized_demo_takes_what_was_planned_and_answers(quantization: str) -> None:
     """Weights and scales to the byte, and the README's question."""
     vlm = PrunedVLM.from_pretrained("prism-demo", device="cpu", dtype="bfloat16", quantization=quantization)
     planned = plan("prism-demo", 64, dtype="bfloat16", quantization=quantization)

@@ -29,11 +29,11 @@ WHITE_PICTURE = Image.new("RGB", (800, 400), "white")
 
 
 def outlined(drawn: Image.Image, color: tuple[int, int, int]) -> np.ndarray:
-    """[4, 8], True for the cells of 100 x 100 whose top left pixel has that colour."""
+    """[4, 8], True for the cells of 100 x 100 whose top left pixel has that color."""
     return (np.asarray(drawn)[::100, ::100] == color).all(-1)
 
 
-def test_each_kept_token_is_drawn_in_its_place_and_colour() -> None:
+def test_each_kept_token_is_drawn_in_its_place_and_color() -> None:
     """Salient, diverse and dropped cells are told apart, each where its raster index says."""
     drawn = draw_kept(WHITE_PICTURE, [PART])
     assert drawn.size == (800, 400)
@@ -43,7 +43,7 @@ def test_each_kept_token_is_drawn_in_its_place_and_colour() -> None:
     assert values[250, 450].max() < 100 < values[50, 50].min()
 
 
-def test_methods_without_two_kinds_have_one_colour() -> None:
+def test_methods_without_two_kinds_have_one_color() -> None:
     """Where salient and diverse are not told apart, all kept tokens look alike."""
     drawn = draw_kept(WHITE_PICTURE, [replace(PART, salient=None, diverse=None)])
     assert outlined(drawn, KEPT).sum() == 3

@@ -123,7 +123,7 @@ def test_text_comes_piece_by_piece_with_its_request_and_question(vlm: PrunedVLM)
     } == pieces
 
 
-def test_a_request_can_be_canceled_without_its_neighbours(vlm: PrunedVLM) -> None:
+def test_a_request_can_be_canceled_without_its_neighbors(vlm: PrunedVLM) -> None:
     """All questions of the canceled request end; the other request goes on to its limit."""
     asked = []
 

@@ -69,12 +69,12 @@ USAGE = Usage(
 
 
 def png(width: int = 32, height: int = 24, color: str = "red") -> bytes:
-    """A picture of one colour."""
+    """A picture of one color."""
     return encoded("PNG", width, height, color)
 
 
 def encoded(image_format: str, width: int = 32, height: int = 24, color: str = "red") -> bytes:
-    """A picture of one colour in any format that Pillow writes."""
+    """A picture of one color in any format that Pillow writes."""
     buffer = io.BytesIO()
     Image.new("RGB", (width, height), color).save(buffer, image_format)
     return buffer.getvalue()

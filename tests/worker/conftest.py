@@ -250,7 +250,7 @@ def make_job(redis: Redis, picture: MediaRef) -> MakeJob:
 
 
 class Worker:
-    """A job runner with its neighbours, and what they did."""
+    """A job runner with its neighbors, and what they did."""
 
     def __init__(self, redis: Redis, media_url: str) -> None:
         self.redis = redis

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def engine(
     model: Scripted, *, max_batch: int = 4, max_tokens: int = 10**6, max_wait_s: float = 0, **changes: Any
 ) -> Engine[Scripted]:
-    """An engine around `model` that does not wait for neighbours."""
+    """An engine around `model` that does not wait for neighbors."""
     limits = Limits(max_batch, max_tokens, max_wait_s)
     options = {"on_batch": lambda _: None, "on_death": lambda _: None} | changes
     return Engine(lambda: model, limits=limits, **options)
@@ -92,7 +92,7 @@ def test_no_request_joins_while_the_cache_may_fill_up() -> None:
         tickets[1].cancel()
 
 
-def test_neighbours_are_counted() -> None:
+def test_neighbors_are_counted() -> None:
     """Three that join together: each had two beside it."""
     model = Scripted()
     with engine(model) as running:
@@ -103,7 +103,7 @@ def test_neighbours_are_counted() -> None:
         assert [ticket.answered().joined for ticket in tickets] == [3, 3, 3]
 
 
-def test_a_request_waits_for_neighbours() -> None:
+def test_a_request_waits_for_neighbors() -> None:
     """With time to wait, a batch that is full goes at once and holds both."""
     model = Scripted()
     with engine(model, max_batch=2, max_wait_s=30) as running:
@@ -151,7 +151,7 @@ def test_a_batch_too_large_is_answered_by_halves() -> None:
 
 
 def test_what_does_not_fit_by_itself_fails_alone() -> None:
-    """With a clear problem; its neighbours are answered together as far as they fit."""
+    """With a clear problem; its neighbors are answered together as far as they fit."""
     model = Scripted()
     with engine(model) as running:
         hold(model, running)
@@ -388,15 +388,15 @@ def test_what_is_past_its_deadline_is_not_begun() -> None:
 
 
 def test_the_deadline_ends_a_generation() -> None:
-    """A row that would go on for ever is stopped, and its neighbour still gets its answer."""
+    """A row that would go on for ever is stopped, and its neighbor still gets its answer."""
     model = Scripted()
     with engine(model) as running:
         hold(model, running)
-        endless, neighbour = ask(running, "for ever", deadline_s=0.2), ask(running, "short")
+        endless, neighbor = ask(running, "for ever", deadline_s=0.2), ask(running, "short")
         model.gate.set()
         with pytest.raises(DeadlineExceededError):
             endless.answered()
-        assert neighbour.answered().answers[0].text == "short"
+        assert neighbor.answered().answers[0].text == "short"
 
 
 def test_a_canceled_ticket_ends_a_generation() -> None:

@@ -59,7 +59,7 @@ def test_what_pruning_saved_is_measured_by_the_answer_itself(make_job: MakeJob) 
 
 
 def test_the_prefills_time_is_shared_by_those_who_came_together(make_job: MakeJob) -> None:
-    """Four in one prefill of 80 ms: a quarter is each one's; neighbours who came at other times have none."""
+    """Four in one prefill of 80 ms: a quarter is each one's; neighbors who came at other times have none."""
     metrics = WorkerMetrics("tiny")
     result = result_of(make_job())
     crowded = result.memory.model_copy(update={"shared_with": 7})

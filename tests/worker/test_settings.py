@@ -32,7 +32,7 @@ def test_a_budget_out_of_range_is_refused(monkeypatch: pytest.MonkeyPatch, said:
         WorkerSettings(media_url="memory://")
 
 
-def test_a_quantisation_is_said_by_several_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quantization_is_said_by_several_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Together they are what the library takes; lists are written with commas."""
     for name, value in (
         ("QUANTIZATION", "nf4"),
@@ -55,7 +55,7 @@ def test_a_quantisation_is_said_by_several_settings(monkeypatch: pytest.MonkeyPa
     ],
     ids=str,
 )
-def test_a_quantisation_that_is_none_is_refused(
+def test_a_quantization_that_is_none_is_refused(
     monkeypatch: pytest.MonkeyPatch, said: dict[str, str]
 ) -> None:
     """At start, before a model is loaded."""
