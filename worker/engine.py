@@ -304,8 +304,7 @@ class Engine(Generic[M]):
                 self._join(arrived)
                 self._step()  # their first tokens; the next is everyone's, so that arrivals hold up nobody
             elif self._ahead and (self._ahead.encoded.done() or not self._working):
-                ahead, self._ahead = self._ahead, None
-                self._join(ahead.tickets, ahead)
+                self._join(self._ahead.tickets, ahead=True)
                 self._step()
             self._step()
         finally:
@@ -356,11 +355,10 @@ class Engine(Generic[M]):
             return False
         return not self._working or self._session.tokens < self._limits.max_tokens
 
-    def _join(self, batch: Sequence[Ticket], ahead: _Ahead | None = None) -> None:
+    def _join(self, batch: Sequence[Ticket], *, ahead: bool = False) -> None:
         """Takes them in; in parts where together they fail, and who fails alone is told."""
-        if (failure := self._taken_in(batch, ahead)) is None:
+        if (failure := self._taken_in(batch, ahead=ahead)) is None:
             return
-        ahead = None  # with what was encoded: memory may be short
         if len(batch) > 1:
             for part in _parts(batch, failure):
                 self._join(part)
@@ -369,14 +367,10 @@ class Engine(Generic[M]):
         else:
             _fail(batch[0], failure)
 
-    def _taken_in(self, batch: Sequence[Ticket], ahead: _Ahead | None) -> Exception | None:
-        """None, or why none of them was."""
+    def _taken_in(self, batch: Sequence[Ticket], *, ahead: bool) -> Exception | None:
+        """None, or why none of them was; then nothing holds what was encoded, as memory may be short."""
         try:
-            if ahead:
-                asked, began = ahead.result()
-            else:
-                began = time.monotonic()
-                asked = self._session.encode([ticket.request for ticket in batch])
+            asked, began = self._encoded(batch, ahead=ahead)
             requests = self._session.admit(asked)
         except Exception as error:  # noqa: BLE001 - it belongs to one job, which the future tells it to
             return _kept(error)
@@ -385,6 +379,14 @@ class Engine(Generic[M]):
         ]
         self._on_batch(len(self._working))
         return None
+
+    def _encoded(self, batch: Sequence[Ticket], *, ahead: bool) -> tuple[Sequence[Any], float]:
+        """Their media as the session admits them, and when (monotonic) their turn came."""
+        if ahead and self._ahead:
+            done, self._ahead = self._ahead, None
+            return done.result()
+        began = time.monotonic()
+        return self._session.encode([ticket.request for ticket in batch]), began
 
     def _made_room(self, ticket: Ticket) -> bool:
         """Let who is at work finish, and drop what is kept only to be faster; False if there was neither.

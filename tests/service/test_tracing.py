@@ -98,7 +98,7 @@ def test_without_the_extra_an_endpoint_is_refused(
 
     monkeypatch.setattr(contract, "distribution", missing)
     assert make_settings().tracing_endpoint is None
-    with pytest.raises(ValidationError, match=r"prismprune\[tracing\]"):
+    with pytest.raises(ValidationError, match="extra `tracing`"):
         make_settings(tracing_endpoint="http://collector:4318")
 
 
