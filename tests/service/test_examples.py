@@ -8,7 +8,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -46,18 +46,28 @@ async def test_a_pasted_command_is_answered(
     assert reply.get("answer") == "red" or reply["media_type"] == "image/png", reply
 
 
+@pytest.mark.parametrize(
+    ("asked", "printed"),
+    [
+        (": 64,", "['red', 'red'] 64\n"),
+        (': 64, "timeout_s": 0,', "['red', 'red'] 64\n"),  # 202, and polled for
+        (": 0,", "/invalid-budget token_budget: must be a whole number"),
+    ],
+)
 @pytest.mark.parametrize("program", pasted("python"))
-async def test_the_pasted_program_has_its_answers(
+@pytest.mark.usefixtures("worker")
+async def test_the_pasted_program_prints_its_answers(
     make_settings: MakeSettings,
-    worker: StandInWorker,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    *,
     program: str,
+    asked: str,
+    printed: str,
 ) -> None:
-    """One answer for each of its questions, with the budget that it asks for."""
+    """One for each of its questions, with the budget that it asks for, also later; or what was wrong."""
     monkeypatch.chdir(ROOT)
-    names: dict[str, Any] = {}
     async with listening(make_settings()) as port:
-        here = program.replace(DOCUMENTED, f"http://127.0.0.1:{port}")
-        await asyncio.to_thread(exec, here, names)
-    assert [each["answer"] for each in names["reply"]["answers"]] == ["red", "red"]
-    assert worker.jobs[0].token_budget == 64
+        here = program.replace(DOCUMENTED, f"http://127.0.0.1:{port}").replace(": 64,", asked)
+        await asyncio.to_thread(exec, here, {})
+    assert printed in capsys.readouterr().out
