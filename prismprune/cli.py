@@ -20,16 +20,7 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 import prismprune
-from prismprune.cli_options import (
-    ComputeDtype,
-    Device,
-    DoubleQuant,
-    Dtype,
-    Layout,
-    QuantizeAlso,
-    Quantized,
-    quantized,
-)
+from prismprune import cli_options
 from prismprune.errors import InvalidBudgetError, InvalidOptionError, PrismError, UnknownMethodError
 from prismprune.evaluation.cli import compare
 from prismprune.settings import LibrarySettings
@@ -149,13 +140,13 @@ def answer(
     num_frames: Annotated[int | None, typer.Option(help="Frames of a video to look at [8].")] = None,
     start: Annotated[float | None, typer.Option(help="Look from this second of a video.")] = None,
     end: Annotated[float | None, typer.Option(help="Look up to this second of a video.")] = None,
-    quantization: Quantized = None,
-    compute_dtype: ComputeDtype = None,
-    double_quant: DoubleQuant = True,
-    quantize_also: QuantizeAlso = None,
-    layout: Layout = None,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
+    quantization: cli_options.Quantized = None,
+    compute_dtype: cli_options.ComputeDtype = None,
+    double_quant: cli_options.DoubleQuant = True,
+    quantize_also: cli_options.QuantizeAlso = None,
+    layout: cli_options.Layout = None,
+    dtype: cli_options.Dtype = "auto",
+    device: cli_options.Device = "auto",
     save_map: Annotated[
         Path | None, typer.Option(help="Write a PNG that shows the kept tokens.", dir_okay=False)
     ] = None,
@@ -170,7 +161,7 @@ def answer(
     opened = tuple(prismprune.open_media(path, sampling=sampling) for path in media)
     generation = prismprune.GenerationOptions(max_new_tokens, temperature, top_p, seed)
     prismprune.selector(method)  # an unknown method is told before a model is loaded
-    weights = quantized(quantization, compute_dtype, double_quant, quantize_also)
+    weights = cli_options.quantized(quantization, compute_dtype, double_quant, quantize_also)
     vlm = _load(model, dtype=dtype, device=device, quantization=weights, layout=layout)
     request = prismprune.VisualRequest(opened, (question,), budget, method, generation=generation)
     found = vlm.answer_batch([request])[0][0]
@@ -218,10 +209,10 @@ def plan(
         str, typer.Option("--token-budget", "-b", help='Visual tokens to keep, or "all".')
     ] = "64",  # noqa: S107 -- no password
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float16",
-    quantization: Quantized = None,
-    compute_dtype: ComputeDtype = None,
-    double_quant: DoubleQuant = True,
-    quantize_also: QuantizeAlso = None,
+    quantization: cli_options.Quantized = None,
+    compute_dtype: cli_options.ComputeDtype = None,
+    double_quant: cli_options.DoubleQuant = True,
+    quantize_also: cli_options.QuantizeAlso = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens of question and answer.")] = 64,
     visual_tokens: Annotated[
         int | None, typer.Option(help="Visual tokens before pruning [of one picture or clip].")
@@ -236,7 +227,7 @@ def plan(
         model,
         budget,
         dtype=dtype,
-        quantization=quantized(quantization, compute_dtype, double_quant, quantize_also),
+        quantization=cli_options.quantized(quantization, compute_dtype, double_quant, quantize_also),
         text_tokens=text_tokens,
         visual_tokens=visual_tokens,
     )

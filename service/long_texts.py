@@ -25,10 +25,14 @@ _TO_END = re.compile(rb'(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DataUri:
-    r"""`data:image/png;base64` and what follows its comma, as it stands in JSON: `\/` may be `/`."""
+    r"""`data:image/png;base64` and what follows its comma, as it stands in JSON: `\/` may be `/`.
+
+    length: bytes of the whole text. escapes: backslashes in the payload.
+    """
 
     header: str
     payload: memoryview
+    length: int
     escapes: int
 
     @property
@@ -50,11 +54,11 @@ def taken_out(body: bytearray, stand_in_length: int) -> tuple[bytearray, dict[st
         if opened is None:
             break
         start = opened.end()
-        if (length := _length(body, start)) is not None:
+        if (uri := _long_data_uri(body, start)) is not None:
             stand_in = f"data:{secrets.token_hex(16)}".ljust(stand_in_length, ".")
-            found[stand_in] = _data_uri(body, start, start + length)
+            found[stand_in] = uri
             rest += body[copied:start] + stand_in.encode()
-            copied = start + length
+            copied = start + uri.length
             position = copied + 1
         elif closed := _TO_END.match(body, start, start + MAX_REST):  # short, or of other escapes: not ours
             position = closed.end()
@@ -66,21 +70,17 @@ def taken_out(body: bytearray, stand_in_length: int) -> tuple[bytearray, dict[st
     return rest, found
 
 
-def _length(body: bytearray, start: int) -> int | None:
-    """Of the text that begins there, if it is a long data URI in which nothing but `/` is escaped."""
-    if len(body) - start < LONG or body.find(b",", start, start + MAX_HEADER) < 0:
+def _long_data_uri(body: bytearray, start: int) -> DataUri | None:
+    """The text that begins there, if it is a long data URI in which nothing but `/` is escaped."""
+    header, comma, _ = body[start : start + MAX_HEADER].partition(b",")
+    if len(body) - start < LONG or not comma:
         return None
     end = body.find(b'"', start)
     if end < 0:
         raise MalformedBodyError("The body is not valid JSON: it ends within a data URI.")
-    escapes = body.find(b"\\", start, end) >= 0 and body.count(b"\\", start, end)
+    escapes = body.count(b"\\", start, end)
     if end - start < LONG or (escapes and escapes != body.count(b"\\/", start, end)):
         return None
-    return end - start
-
-
-def _data_uri(body: bytearray, start: int, end: int) -> DataUri:
-    header, _, _ = body[start : start + MAX_HEADER].partition(b",")
     begins = start + len(header) + 1
     text = header.replace(b"\\", b"").decode(errors="replace")
-    return DataUri(text, memoryview(body)[begins:end], body.count(b"\\", begins, end))
+    return DataUri(text, memoryview(body)[begins:end], end - start, escapes - header.count(b"\\"))

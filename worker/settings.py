@@ -42,7 +42,7 @@ class WorkerSettings(BaseSettings):
     """Requests answered at once; others join as these end."""
     max_batch_tokens: Annotated[int, Field(ge=1)] = 32_768
     """Text and visual tokens, with room for the longest answers: once those at work may come to take so many,
-    no other joins. `prismprune plan` prints what a token takes: 0.5 MiB for a model of 7B at 16 bits."""
+    no other joins. A token of LLaVA-1.5-7B takes 0.5 MiB at 16 bits; `prismprune plan` prints a request's."""
     max_wait_ms: Annotated[float, Field(ge=0)] = 5
     """How long an idle engine's first job waits for those that this worker is decoding; a job by itself does
     not wait, and who comes later joins between two tokens."""
@@ -50,7 +50,7 @@ class WorkerSettings(BaseSettings):
     """Device memory for visual tokens kept for further questions about the same media; 0: none are kept."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Device memory for those tokens' keys and values, so that a further question has only its own words
-    prefilled; 0: none are kept. `prismprune plan` prints what a token takes: tens of times its visual one."""
+    prefilled; 0: none are kept. They are tens of times as large as the visual tokens alone."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Whether media of jobs that come while others are being answered are encoded beside that, in a thread of
     their own and on CUDA a stream of their own; auto: on CUDA. On a CPU it takes cores from the answers."""

@@ -12,16 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from prismprune.cli_options import (
-    ComputeDtype,
-    Device,
-    DoubleQuant,
-    Dtype,
-    Layout,
-    QuantizeAlso,
-    Quantized,
-    quantized,
-)
+from prismprune import cli_options
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -54,13 +45,13 @@ def compare(
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="The first so many pictures or clips.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a model.")] = 16,
-    dtype: Dtype = "auto",
-    device: Device = "auto",
-    layout: Layout = None,
-    quantization: Quantized = None,
-    compute_dtype: ComputeDtype = None,
-    double_quant: DoubleQuant = True,
-    quantize_also: QuantizeAlso = None,
+    dtype: cli_options.Dtype = "auto",
+    device: cli_options.Device = "auto",
+    layout: cli_options.Layout = None,
+    quantization: cli_options.Quantized = None,
+    compute_dtype: cli_options.ComputeDtype = None,
+    double_quant: cli_options.DoubleQuant = True,
+    quantize_also: cli_options.QuantizeAlso = None,
     results: Annotated[
         Path | None,
         typer.Option(dir_okay=False, help="JSON lines of finished pictures: a later run goes on from them."),
@@ -80,7 +71,7 @@ def compare(
 
     settings = _settings(method, budget or DEFAULT_BUDGETS)
     _make_folders(results, csv, plot)
-    weights = quantized(quantization, compute_dtype, double_quant, quantize_also)
+    weights = cli_options.quantized(quantization, compute_dtype, double_quant, quantize_also)
     subjects = _subjects(questions, pictures)
     vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=weights, layout=layout)
     marker = _marker(vlm, max_new_tokens)
