@@ -8,7 +8,7 @@ they survive the resize to the model's square input.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -75,6 +75,18 @@ def draw_scene(rng: random.Random, count: int | None = None) -> Scene:
     return Scene(finish(rng, image), things)
 
 
+def draw_written_scene(rng: random.Random) -> Scene:
+    """Draw two to four objects, of which at least two, and every one that can, carry a character."""
+    background, tone = draw_background(rng, *picture_size(rng))
+    while True:
+        things = tuple(
+            replace(thing, written=rng.choice(CHARACTERS)) if can_carry_a_character(thing) else thing
+            for thing in arrange(rng, rng.randint(2, 4), tone)
+        )
+        if sum(thing.written is not None for thing in things) > 1:
+            return Scene(finish(rng, paint(rng, background, things)), things)
+
+
 def picture_size(rng: random.Random) -> tuple[int, int]:
     """Width and height in pixels: aspect ratios from 3:4 to 4:3, longer side 224 to 640."""
     longer = rng.randint(224, 640)
@@ -103,8 +115,7 @@ def _random_thing(rng: random.Random, colors: list[str], *, crowded: bool) -> Th
     shape = rng.choice(SHAPES)
     stretch = rng.uniform(0.72, 1.38) if shape == "rectangle" else rng.uniform(0.88, 1.13)
     width, height = extent * math.sqrt(stretch), extent / math.sqrt(stretch)
-    writable = size == "large" and shape not in ("ring", "cross", "star")
-    return Thing(
+    thing = Thing(
         shape=shape,
         color=rng.choice(colors),
         size=size,
@@ -112,8 +123,14 @@ def _random_thing(rng: random.Random, colors: list[str], *, crowded: bool) -> Th
         y=rng.uniform(height / 2 + 0.01, 0.99 - height / 2),
         width=width,
         height=height,
-        written=rng.choice(CHARACTERS) if writable and rng.random() < 0.5 else None,
     )
+    if can_carry_a_character(thing) and rng.random() < 0.5:
+        return replace(thing, written=rng.choice(CHARACTERS))
+    return thing
+
+
+def can_carry_a_character(thing: Thing) -> bool:
+    return thing.size == "large" and thing.shape not in ("ring", "cross", "star")
 
 
 def _overlap(a: Thing, b: Thing, margin: float = 0.025) -> bool:

@@ -12,7 +12,7 @@ import json
 import math
 import random
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +40,8 @@ from prismprune.demo.questions import (
     scene_descriptions,
     scene_questions,
 )
-from prismprune.demo.scenes import Scene, Thing, draw_scene
-from prismprune.demo.start import closed_form_start, picture_array
+from prismprune.demo.scenes import Scene, Thing, draw_scene, draw_written_scene
+from prismprune.demo.start import closed_form_start, picture_array, teach_characters
 from prismprune.demo.subsets import draw, shown
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ class Recipe:
     clip_share: float = 0.12
     clip_questions: int = 8
     easy_vqa_share: float = 0.12
+    written_share: float = 0.0
+    """Own scenes in which every object that can carries a character."""
     all_tokens_share: float = 0.1
     least_tokens: int = 40
     most_tokens: int = 300
@@ -78,6 +80,10 @@ class Recipe:
     projector_rate: float = 1e-4
     warm_up: int = 40
     final_rate: float = 0.05
+    character_scenes: int = 0
+    """Scenes from which the projector is taught to say characters before the first step."""
+    lesson_weights: dict[str, float] = field(default_factory=lambda: dict(LESSON_WEIGHTS))
+    """How often each kind of question is asked, 1 for a kind that is not named."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +133,8 @@ class Stream(IterableDataset[Batch]):
                 image, asked = self.easy_vqa.draw(rng, self.recipe.questions)
                 things: tuple[Thing, ...] = ()
             else:
-                scene = draw_scene(rng)
+                written = self.recipe.written_share and rng.random() < self.recipe.written_share
+                scene = draw_written_scene(rng) if written else draw_scene(rng)
                 image, things, asked = scene.image, scene.things, self._lessons(rng, scene)
             pixels.append(torch.from_numpy(picture_array(image, size)))
             numbers.append(shown(things, size // PATCH_SIZE))
@@ -135,7 +142,7 @@ class Stream(IterableDataset[Batch]):
         return Batch(torch.stack(pixels), torch.stack(numbers), questions, 1)
 
     def _lessons(self, rng: random.Random, scene: Scene) -> list[Question]:
-        asked = scene_questions(rng, scene, self.recipe.questions, TRAINED, LESSON_WEIGHTS)
+        asked = scene_questions(rng, scene, self.recipe.questions, TRAINED, self.recipe.lesson_weights)
         if self.recipe.descriptions >= 0:
             asked += scene_descriptions(rng, scene, self.recipe.descriptions)
         return asked
@@ -180,6 +187,18 @@ class Trainer:
         """Solve for the projector's start; returns how much of the targets it explains."""
         sizes = (self.recipe.small_size, self.recipe.size)
         return closed_form_start(self.projector, self._encode_images, self._embed, sizes, self.recipe.seed)
+
+    def teach_characters(self) -> float:
+        """Solve for what is written on objects; returns how much of it the projector then says."""
+        recipe = self.recipe
+        return teach_characters(
+            self.projector,
+            self._encode_images,
+            self._embed,
+            recipe.size,
+            scenes=recipe.character_scenes,
+            seed=recipe.seed,
+        )
 
     def _encode_images(self, images: list[Any], size: int) -> Tensor:
         return self.encode(torch.stack([torch.from_numpy(picture_array(image, size)) for image in images]))
@@ -289,6 +308,8 @@ def train(
         trainer.load(begin_from)
     else:
         yield {"step": 0, "explained": trainer.start()}
+    if not trainer.done and recipe.character_scenes:
+        yield {"step": 0, "characters_explained": trainer.teach_characters()}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     loader = DataLoader(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from prismprune.demo import subsets
+from prismprune.demo import scenes, start, subsets
 from prismprune.demo.clips import DIRECTIONS, FRAMES, draw_clip
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
 from prismprune.demo.parts import Part, _extract, fetch
@@ -30,7 +30,7 @@ from prismprune.demo.questions import (
     scene_questions,
     way_between,
 )
-from prismprune.demo.scenes import COLORS, SHAPES, draw_scene
+from prismprune.demo.scenes import CHARACTERS, COLORS, SHAPES, Thing, draw_scene, paint
 from prismprune.demo.start import closed_form_start
 from prismprune.demo.train import Recipe, Stream, ship
 from prismprune.errors import PartsUnavailableError
@@ -198,6 +198,41 @@ def test_the_start_is_the_regression_that_it_was_solved_for() -> None:
     with torch.inference_mode():
         once, twice = (projector(base + k * step) - projector(base) for k in (1, 2))
     torch.testing.assert_close(twice, 2 * once, rtol=1e-3, atol=1e-2)
+
+
+def test_characters_that_features_tell_are_said_by_the_projector_and_nothing_else_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Features with a character's code gain its embedding; features without stay what they were."""
+    torch.manual_seed(0)
+    codes, words = torch.randn(2, len(CHARACTERS), 64)
+    tower, text = CLIPVisionConfig(hidden_size=64, num_attention_heads=4), LlamaConfig(hidden_size=64)
+    projector = LlavaMultiModalProjector(LlavaConfig(vision_config=tower, text_config=text))
+    painted: list[tuple[Thing, ...]] = []
+
+    def note(rng: random.Random, background: Image.Image, things: tuple[Thing, ...]) -> Image.Image:
+        painted.append(things)
+        return paint(rng, background, things)
+
+    def encode(_images: list[Image.Image], size: int) -> torch.Tensor:
+        things = painted[-1]
+        written = [CHARACTERS.index(thing.written) if thing.written else -1 for thing in things]
+        code = torch.cat(
+            [torch.zeros(1, 64), *(codes[[i]] if i >= 0 else torch.zeros(1, 64) for i in written)]
+        )
+        return code[subsets.shown(things, size // 14)][None]
+
+    monkeypatch.setattr(scenes, "paint", note)
+    with torch.no_grad():
+        spoken, silent = projector(codes), projector(torch.zeros(1, 64))
+        explained = start.teach_characters(
+            projector, encode, lambda word: words[CHARACTERS.index(word)], 168, scenes=60, seed=1
+        )
+        gained = projector(codes) - spoken
+    assert explained > 0.8
+    nearest = torch.nn.functional.cosine_similarity(gained[:, None], words[None], dim=2).argmax(1)
+    assert (nearest == torch.arange(len(CHARACTERS))).float().mean() > 0.9
+    assert (projector(torch.zeros(1, 64)) - silent).norm() < 0.2 * gained.norm(dim=1).mean()
 
 
 @given(seed=seeds, count=st.integers(1, 143))
