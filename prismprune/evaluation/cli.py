@@ -24,6 +24,19 @@ if TYPE_CHECKING:
 
 DEFAULT_BUDGETS = (128, 64, 32)
 
+Results = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="JSON lines of finished pictures: a later run goes on from them."),
+]
+Answers = Annotated[
+    Path | None,
+    typer.Option(dir_okay=False, help="Write what was said: a JSON line a question, method and budget."),
+]
+Csv = Annotated[Path | None, typer.Option(dir_okay=False, help="Write the table as CSV.")]
+Plot = Annotated[
+    Path | None, typer.Option(dir_okay=False, help="Draw accuracy over budget (.png, .svg, .pdf).")
+]
+
 
 def compare(
     questions: Annotated[
@@ -52,14 +65,10 @@ def compare(
     compute_dtype: cli_options.ComputeDtype = None,
     double_quant: cli_options.DoubleQuant = True,
     quantize_also: cli_options.QuantizeAlso = None,
-    results: Annotated[
-        Path | None,
-        typer.Option(dir_okay=False, help="JSON lines of finished pictures: a later run goes on from them."),
-    ] = None,
-    csv: Annotated[Path | None, typer.Option(dir_okay=False, help="Write the table as CSV.")] = None,
-    plot: Annotated[
-        Path | None, typer.Option(dir_okay=False, help="Draw accuracy over budget (.png, .svg, .pdf).")
-    ] = None,
+    results: Results = None,
+    answers: Answers = None,
+    csv: Csv = None,
+    plot: Plot = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Compare methods at equal budgets on one model: accuracy, overlap with prism, coverage, selection time.
@@ -70,12 +79,13 @@ def compare(
     from prismprune.vlm import PrunedVLM  # noqa: PLC0415 -- loads torch
 
     settings = _settings(method, budget or DEFAULT_BUDGETS)
-    _make_folders(results, csv, plot)
+    _make_folders(plot, results, answers, csv)
     weights = cli_options.quantized(quantization, compute_dtype, double_quant, quantize_also)
     subjects = _subjects(questions, pictures)
     vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=weights, layout=layout)
-    marker = _marker(vlm, max_new_tokens)
-    reports = compared(vlm, Path(questions).stem, subjects, settings, marker=marker, results=results)
+    marker = _marker(vlm, max_new_tokens, said=answers is not None)
+    suite = Path(questions).stem
+    reports = compared(vlm, suite, subjects, settings, marker=marker, results=results, answers=answers)
     report = _watched(reports, pictures)
     _print(report, as_json=as_json)
     if csv:
@@ -96,13 +106,13 @@ def _settings(method: Sequence[str] | None, budgets: Sequence[int]) -> list[Sett
     return list(dict.fromkeys([("none", None), *settings]))
 
 
-def _make_folders(results: Path | None, csv: Path | None, plot: Path | None) -> None:
+def _make_folders(plot: Path | None, *others: Path | None) -> None:
     """What cannot be written is told before anything is computed."""
     from prismprune.evaluation.report import check_plots  # noqa: PLC0415 -- beside the others
 
     if plot:
         check_plots()
-    for file in filter(None, (results, csv, plot)):
+    for file in filter(None, (plot, *others)):
         file.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -119,12 +129,12 @@ def _subjects(questions: str, pictures: int) -> Iterator[Subject]:
     return chain([first], found)
 
 
-def _marker(vlm: PrunedVLM, max_new_tokens: int) -> Marker:
-    """The demo's questions are packed, a picture in one pass; other models answer one by one."""
+def _marker(vlm: PrunedVLM, max_new_tokens: int, *, said: bool) -> Marker:
+    """The demo's questions are packed, a picture in one pass, unless what is `said` is wanted."""
     from prismprune.demo.evaluate import is_demo, packed  # noqa: PLC0415 -- loads torch
     from prismprune.evaluation.compare import generated  # noqa: PLC0415 -- loads torch
 
-    return packed(vlm) if is_demo(vlm) else generated(vlm, max_new_tokens)
+    return packed(vlm) if is_demo(vlm) and not said else generated(vlm, max_new_tokens)
 
 
 def _watched(reports: Iterable[Report], total: int) -> Report:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,8 +29,19 @@ if TYPE_CHECKING:
     from prismprune.media import Clip, Picture
     from prismprune.vlm import PrunedVLM
 
-Marker = Callable[[Sequence[Question], EncodedMedia], list[bool]]
-"""Which of the questions about one encoded picture are answered rightly."""
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Which of the questions about one encoded picture are answered rightly.
+
+    said: the answers, None where none were generated.
+    """
+
+    right: list[bool]
+    said: list[str] | None = None
+
+
+Marker = Callable[[Sequence[Question], EncodedMedia], Marks]
 Reader = Callable[["Family", "Picture | Clip"], "OneReading"]
 
 
@@ -63,6 +75,7 @@ def compare(
     marker: Marker | None = None,
     reader: Reader = OneReading,
     results: Path | None = None,
+    answers: Path | None = None,
 ) -> Iterator[Report]:
     """Yield the growing report after each subject; the last one is whole.
 
@@ -70,6 +83,8 @@ def compare(
     marker: None: answers are generated, and count when `same_answer` says so.
     results: a file of JSON lines, a line a subject and setting, written as they are done. What it already
         holds of this model, these questions and settings is taken from there.
+    answers: a file of JSON lines to write anew, a line a question and setting: see `answer_lines`. What
+        `results` holds without answers is asked again then.
 
     Raises `InvalidOptionError` or `UnknownMethodError` for a setting, before anything is run.
     """
@@ -78,14 +93,32 @@ def compare(
     marker = marker or generated(vlm)
     journal = Journal(results, identity(vlm))
     report = Report(suite)
-    for subject in subjects:
-        report.ask(subject.questions)
-        missing = [setting for setting in settings if not journal.has(subject, setting)]
-        for setting, marks, kept in _examined(vlm, subject, missing, marker, reader) if missing else ():
-            journal.write(subject, setting, marks, kept)
-        for setting in settings:
-            report.tallies[setting].add(subject.questions, *journal.read(subject, setting))
-        yield report
+    with answers.open("w", encoding="utf-8") if answers else nullcontext() as file:
+        for subject in subjects:
+            report.ask(subject.questions)
+            missing = [one for one in settings if not journal.has(subject, one, said=file is not None)]
+            for setting, marks, kept in _examined(vlm, subject, missing, marker, reader) if missing else ():
+                journal.write(subject, setting, marks, kept)
+            for setting in settings:
+                marks, kept = journal.read(subject, setting)
+                report.tallies[setting].add(subject.questions, marks.right, kept)
+                if file is not None:
+                    file.writelines(answer_lines(subject, setting, marks, kept))
+            yield report
+
+
+def answer_lines(subject: Subject, setting: Setting, marks: Marks, kept: Kept) -> Iterator[str]:
+    """A JSON line a question: what was asked, with all that its own line held, and what came of it.
+
+    "said" is the answer, "right" whether it counts; "method", "budget" (tokens, or "all"), "kept" (tokens).
+    """
+    method, budget = setting
+    how = {"method": method, "budget": "all" if budget is None else budget, "kept": kept.tokens}
+    said: Sequence[str | None] = marks.said or [None] * len(marks.right)
+    for question, one, right in zip(subject.questions, said, marks.right, strict=True):
+        asked = {"image": subject.name, "question": question.text, "answer": question.answer}
+        group = {"group": question.kind} if question.kind else {}
+        yield json.dumps(asked | group | dict(question.line) | how | {"said": one, "right": right}) + "\n"
 
 
 def parsed_method(method: str) -> tuple[str, dict[str, Any]]:
@@ -113,10 +146,11 @@ def generated(vlm: PrunedVLM, max_new_tokens: int = 16) -> Marker:
     """Mark what the model says, greedily, to each question."""
     from prismprune.vlm import GenerationOptions  # noqa: PLC0415 (a cycle would close: vlm is the user's object)
 
-    def marker(questions: Sequence[Question], encoded: EncodedMedia) -> list[bool]:
+    def marker(questions: Sequence[Question], encoded: EncodedMedia) -> Marks:
         options = GenerationOptions(max_new_tokens=max_new_tokens)
         answers = vlm.answer_encoded(encoded, [question.text for question in questions], options)
-        return [same_answer(a.text, q.answer) for a, q in zip(answers, questions, strict=True)]
+        said = [answer.text for answer in answers]
+        return Marks([same_answer(one, q.answer) for one, q in zip(said, questions, strict=True)], said)
 
     return marker
 
@@ -140,10 +174,10 @@ class Journal:
     def __init__(self, path: Path | None, model: str) -> None:
         self._path = path
         self._model = model
-        self._done: dict[tuple[str, ...], tuple[list[bool], Kept]] = {}
+        self._done: dict[tuple[str, ...], tuple[Marks, Kept]] = {}
         for line in self._whole_lines():
             row = json.loads(line)
-            self._done[tuple(row["of"])] = row["right"], Kept(**row["kept"])
+            self._done[tuple(row["of"])] = Marks(row["right"], row.get("said")), Kept(**row["kept"])
 
     def _whole_lines(self) -> list[str]:
         """What the file holds, without a last line that a killed process left unfinished."""
@@ -160,24 +194,26 @@ class Journal:
         digest = hashlib.sha256(asked.encode()).hexdigest()[:16]
         return self._model, subject.name, digest, setting[0], str(setting[1])
 
-    def has(self, subject: Subject, setting: Setting) -> bool:
-        return self._key(subject, setting) in self._done
+    def has(self, subject: Subject, setting: Setting, *, said: bool = False) -> bool:
+        """Whether it was asked; with its answers, where they must be `said`."""
+        found = self._done.get(self._key(subject, setting))
+        return found is not None and (not said or found[0].said is not None)
 
-    def read(self, subject: Subject, setting: Setting) -> tuple[list[bool], Kept]:
+    def read(self, subject: Subject, setting: Setting) -> tuple[Marks, Kept]:
         return self._done[self._key(subject, setting)]
 
-    def write(self, subject: Subject, setting: Setting, right: list[bool], kept: Kept) -> None:
+    def write(self, subject: Subject, setting: Setting, marks: Marks, kept: Kept) -> None:
         key = self._key(subject, setting)
-        self._done[key] = right, kept
+        self._done[key] = marks, kept
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"of": key, "right": right, "kept": asdict(kept)}) + "\n")
+                file.write(json.dumps({"of": key, **asdict(marks), "kept": asdict(kept)}) + "\n")
 
 
 @torch.inference_mode()
 def _examined(
     vlm: PrunedVLM, subject: Subject, settings: Sequence[Setting], marker: Marker, reader: Reader
-) -> Iterator[tuple[Setting, list[bool], Kept]]:
+) -> Iterator[tuple[Setting, Marks, Kept]]:
     media = subject.media
     reading = reader(vlm._family, media)  # noqa: SLF001 (one reading of the tower serves all settings)
     encoded: dict[Setting, EncodedMedia] = {}

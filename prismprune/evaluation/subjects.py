@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from prismprune.errors import InvalidOptionError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from pathlib import Path
 
     from prismprune.media import Clip, Picture
@@ -18,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question with its one true answer; `kind` groups questions in a report and may be empty."""
+    """A question with its one true answer; `kind` groups questions in a report and may be empty.
+
+    line: all fields of the line it was read from; a scorer may want those back that mean nothing here.
+    """
 
     kind: str
     text: str
     answer: str
+    line: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +46,9 @@ class Subject:
 def read_subjects(path: Path, limit: int | None = None) -> Iterator[Subject]:
     """The pictures (or videos) of a file of JSON lines, in order of first mention; the first `limit` of them.
 
-    A line is {"image": path, "question": text, "answer": text} and optionally "group": text. A relative path
-    is relative to the file's folder. Lines about one picture need not stand together.
+    A line is {"image": path, "question": text, "answer": text} and optionally "group": text, with whatever
+    other fields it has. A relative path is relative to the file's folder. Lines about one picture need not
+    stand together.
 
     Raises `InvalidOptionError` for a line that is none, naming it.
     """
@@ -67,8 +72,8 @@ def _parsed(line: str, place: str) -> tuple[str, Question]:
         raise InvalidOptionError(
             f'{place}: expected {{"image": path, "question": text, "answer": text}}, "group" if wanted.'
         )
-    image, *question = fields
-    return image, Question(*question)
+    image, kind, text, answer = fields
+    return image, Question(kind, text, answer, row)
 
 
 def _opener(path: Path) -> Callable[[], Picture | Clip]:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 seeds = st.integers(0, 2**31)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds)
 def test_a_scene_holds_distinct_objects_inside_the_picture(seed: int) -> None:
     """No two objects share color and shape, and none is cut off."""
@@ -62,7 +62,7 @@ def test_the_same_seed_draws_the_same_scene() -> None:
     assert one.image.tobytes() == other.image.tobytes()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds)
 def test_answers_about_a_scene_are_true(seed: int) -> None:
     """Colors, shapes and counts agree with what was drawn, read from the question's own words."""
@@ -88,7 +88,7 @@ def _counted(things: tuple[object, ...], words: list[str]) -> int:
     return sum(shape is None or getattr(thing, "shape", None) == shape for thing in things)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seeds)
 def test_descriptions_tell_what_is_there_and_in_which_order(seed: int) -> None:
     """The list holds every object in the order that its question asks for; each description is of one."""
@@ -107,7 +107,7 @@ def test_descriptions_tell_what_is_there_and_in_which_order(seed: int) -> None:
         assert [thing.size for thing in scene.things if f"{thing.size} {thing.name}" in question.answer]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds)
 def test_what_happens_in_a_clip_is_told_as_it_was_drawn(seed: int) -> None:
     """The mover and its direction, or what came first and then."""
@@ -127,7 +127,7 @@ def test_held_out_phrasings_are_never_trained_on() -> None:
         assert not set(phrasings) & set(TRAINED[kind])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seeds)
 def test_a_clip_has_eight_frames_and_true_answers(seed: int) -> None:
     """What moves is named, and its direction is one of four."""
@@ -244,7 +244,7 @@ def test_a_random_subset_keeps_raster_order(seed: int, count: int) -> None:
     assert bool((kept.diff(dim=1) > 0).all())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds, count=st.integers(6, 200))
 def test_a_random_subset_keeps_a_token_of_every_object(seed: int, count: int) -> None:
     """What a question of a lesson is about is never lost, however few tokens there are."""
@@ -266,7 +266,7 @@ def test_how_densely_an_object_is_shown_does_not_tell_its_size() -> None:
     assert (other > 2 * one).sum() > 20
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(seed=seeds)
 def test_where_one_object_lies_from_another_is_the_opposite_of_the_way_back(seed: int) -> None:
     """The lessons on pairs are true: what is left of another has that other on its right."""

@@ -20,11 +20,20 @@ from typer.testing import CliRunner
 
 from prismprune import METHODS, InvalidOptionError, PrunedVLM, UnknownMethodError, open_media
 from prismprune.cli import app
-from prismprune.evaluation.compare import OneReading, compare, identity, parsed_method, same_answer
+from prismprune.evaluation.compare import (
+    Marks,
+    OneReading,
+    compare,
+    generated,
+    identity,
+    parsed_method,
+    same_answer,
+)
 from prismprune.evaluation.measures import nearest_cosines, overlap, paired_difference, wilson
 from prismprune.evaluation.report import Kept, Report
 from prismprune.evaluation.subjects import Question, Subject, read_subjects
 from prismprune.media import Picture
+from prismprune.vlm import GenerationOptions
 from tests.prismprune.tiny import picture, save_tiny_llava
 
 if TYPE_CHECKING:
@@ -56,7 +65,7 @@ def subject(number: int, *questions: Question) -> Subject:
 
 def marked(*marks: bool) -> Any:
     """A marker with the same marks for every setting."""
-    return lambda questions, _encoded: list(marks[: len(questions)])
+    return lambda questions, _encoded: Marks(list(marks[: len(questions)]))
 
 
 def last(reports: Any) -> Report:
@@ -191,9 +200,9 @@ def test_what_is_kept_is_what_the_library_keeps(vlm: PrunedVLM) -> None:
     """One reading of the tower leads to the tokens, features and measures that `encode` gives."""
     encoded: dict[int, EncodedMedia] = {}
 
-    def noted(questions: Sequence[Question], one: EncodedMedia) -> list[bool]:
+    def noted(questions: Sequence[Question], one: EncodedMedia) -> Marks:
         encoded[one.visual_tokens.kept] = one
-        return [True] * len(questions)
+        return Marks([True] * len(questions))
 
     report = last(compare(vlm, "test", [subject(3)], [ALL, ("visionzip", 7)], marker=noted))
     expected = vlm.encode(picture(3), 7, method="visionzip")
@@ -231,6 +240,40 @@ class _Opened:
             return Picture(picture(number))
 
         return Subject(str(number), subject(number).questions, opened)
+
+
+def test_what_was_said_is_written_for_any_scorer(vlm: PrunedVLM, tmp_path: Path) -> None:
+    """A line a question and setting: all that the question's own line held, the answer, and how it came."""
+    picture(0).save(tmp_path / "a.png")
+    rows: list[dict[str, Any]] = [
+        {"image": "a.png", "question": "red?", "answer": "no", "group": "color", "question_id": 7},
+        {"image": "a.png", "question": "two?", "answer": "yes", "said": "not this"},
+    ]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings_, path = [ALL, ("saliency", 4)], tmp_path / "answers.jsonl"
+    last(compare(vlm, "q", read_subjects(tmp_path / "q.jsonl"), settings_, answers=path))
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    kept = vlm.encode(picture(0), 4, method="saliency")
+    options = GenerationOptions(max_new_tokens=16)
+    said = [one.text for one in vlm.answer_encoded(kept, [row["question"] for row in rows], options)]
+    assert [row["said"] for row in found[2:]] == said
+    how = {"method": "saliency", "budget": 4, "kept": 4, "right": False}
+    assert found[2:] == [row | how | {"said": one} for row, one in zip(rows, said, strict=True)]
+    assert [(row["method"], row["budget"], row["kept"]) for row in found[:2]] == [("none", "all", 16)] * 2
+
+
+def test_answers_come_from_the_results_where_they_hold_them(vlm: PrunedVLM, tmp_path: Path) -> None:
+    """A second run asks nothing; marks without answers, as of packed questions, are asked again."""
+    results, answers, asked = tmp_path / "results.jsonl", tmp_path / "answers.jsonl", _Opened()
+    for marker, opened in ((marked(True, True), 1), (generated(vlm), 2), (generated(vlm), 2)):
+        written = answers if opened == 2 else None
+        one = [asked.subject(0)]
+        last(compare(vlm, "t", one, [ALL], marker=marker, results=results, answers=written))
+        assert asked.count == opened
+    first, second = (json.loads(line) for line in answers.read_text().splitlines())
+    said = json.loads(results.read_text().splitlines()[-1])["said"]
+    assert said == [first["said"], second["said"]]
+    assert {"image": "0", "question": "red?", "answer": "no", "group": "color"}.items() <= first.items()
 
 
 def test_a_run_resumes_where_it_was_cut_off(vlm: PrunedVLM, tmp_path: Path) -> None:
@@ -392,7 +435,9 @@ def test_the_command_compares_and_writes(checkpoint: Path, tmp_path: Path) -> No
     command = ["compare", str(write_questions(tmp_path)), "--model", str(checkpoint), "--json"]
     command += ["--method", "prism", "--method", "prism:salient_share=0", "--budget", "4", "--budget", "4"]
     table, results = tmp_path / "tables" / "t.csv", tmp_path / "runs" / "r.jsonl"  # in folders to be made
+    answers = tmp_path / "said" / "a.jsonl"
     command += ["--max-new-tokens", "2", "--csv", str(table), "--results", str(results)]
+    command += ["--answers", str(answers)]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
@@ -401,6 +446,9 @@ def test_the_command_compares_and_writes(checkpoint: Path, tmp_path: Path) -> No
     assert (found["suite"], found["pictures"]) == ("asked", 2)
     assert len(results.read_text().splitlines()) == 6
     assert table.read_text().startswith("method,budget,")
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert [row["method"] for row in rows].count("prism") == len(rows) / 3
+    assert all(isinstance(row["said"], str) for row in rows)
 
 
 def test_a_plot_that_cannot_be_drawn_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -446,9 +494,9 @@ def test_a_reader_of_ones_own_replaces_the_scores(vlm: PrunedVLM) -> None:
 
     kept: list[tuple[int, ...]] = []
 
-    def noted(questions: Sequence[Question], one: EncodedMedia) -> list[bool]:
+    def noted(questions: Sequence[Question], one: EncodedMedia) -> Marks:
         kept.append(one.token_map[0].kept)
-        return [True] * len(questions)
+        return Marks([True] * len(questions))
 
     for reader in (OneReading, Upside):
         last(compare(vlm, "t", [subject(0)], [("saliency", 8)], marker=noted, reader=reader))

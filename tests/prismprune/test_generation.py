@@ -109,7 +109,7 @@ def test_seeded_rows_do_not_depend_on_their_neighbors(model: LlamaForCausalLM) -
         assert outcome.token_ids == alone(model, text, own).token_ids
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=6))
 def test_rows_of_any_lengths_in_any_order_are_answered_as_alone(
     model: LlamaForCausalLM, lengths: list[int]

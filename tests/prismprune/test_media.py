@@ -240,7 +240,7 @@ SEEDS = [encoded(corners(), kind) for kind in FORMATS] + [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.sampled_from(SEEDS),
     st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=8),
@@ -470,7 +470,7 @@ def test_a_film_without_pictures_is_refused() -> None:
         decode_video(buffer.getvalue())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     st.lists(st.tuples(st.integers(0, 1 << 16), st.integers(0, 255)), max_size=20),
     st.integers(0, 1 << 16),

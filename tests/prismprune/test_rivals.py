@@ -185,7 +185,7 @@ def test_a_rival_is_what_its_equations_say(method: str, dtype: torch.dtype, k: i
     check(method, whole_scores(2, 70, seed=k, dtype=dtype), k)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     method=st.sampled_from(tuple(REFERENCES)),
     tokens=st.integers(2, 40),
@@ -199,7 +199,7 @@ def test_a_rival_is_what_its_equations_say_at_any_size(
     check(method, whole_scores(2, tokens, seed=seed), max(1, round(share * tokens)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     method=st.sampled_from(("visionzip", "vispruner", "divprune", "prumerge_plus")),
     tokens=st.integers(2, 24),
@@ -218,7 +218,7 @@ def test_ties_go_to_the_lower_raster_index(method: str, tokens: int, k: int, see
     check(method, {name: torch.from_numpy(values).float() for name, values in whole.items()}, min(k, tokens))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     method=st.sampled_from(METHODS),
     sizes=st.tuples(st.integers(1, 3), st.integers(1, 40)),

@@ -91,7 +91,7 @@ def tied_scores(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(attention).float(), torch.from_numpy(features).float()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     scores=tied_scores(),
     k=st.integers(1, 30),
@@ -108,7 +108,7 @@ def test_prism_matches_the_reference_with_ties_and_options(
     assert kept_parts(selection) == expected(*scores, k, share=share, factor=factor, start=start)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(1, 20), st.integers(1, 40), st.integers(1, 45), st.integers(0, 999))
 def test_copies_of_a_token_tie(heads: int, tokens: int, k: int, seed: int) -> None:
     """Tokens with the same attention and features tie exactly, also where sums round; the first ones win."""

@@ -48,7 +48,7 @@ def alone(vlm: PrunedVLM, one: Asked) -> list[tuple[int, ...]]:
     return [vlm.answer_encoded(one.encoded, [text], one.generation)[0].token_ids for text in one.questions]
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(
         st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 16)),

@@ -43,14 +43,12 @@ def small_pieces() -> Iterator[None]:
         yield
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_base64_in_pieces_is_what_it_was(data: bytes) -> None:
     """Whatever the length, and however much padding it ends with."""
     assert media._decoded(as_text(data)).getvalue() == data
 
 
-@settings(deadline=None)
 @given(
     st.text("AQgw+/=\n\\ é", max_size=80)
     | st.lists(st.binary(min_size=10, max_size=12).map(as_text), max_size=4).map("".join)
@@ -98,7 +96,7 @@ def put_back(value: Any, texts: dict[str, DataUri]) -> Any:
 
 
 @pytest.mark.usefixtures("taking_short")
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(DOCUMENTS, st.booleans(), st.booleans())
 def test_what_is_taken_out_of_json_is_all_that_is_missing(
     document: Any, ascii_only: bool, slashes: bool

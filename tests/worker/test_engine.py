@@ -48,7 +48,7 @@ def hold(model: Scripted, running: Engine[Scripted]) -> Ticket:
     return ticket
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(waiting=st.integers(1, 12), max_batch=st.integers(1, 5))
 def test_requests_join_in_order_as_far_as_there_is_room(waiting: int, max_batch: int) -> None:
     """Never more than a batch at work, and each gets its own answer."""
