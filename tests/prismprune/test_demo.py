@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from prismprune import demo
 from prismprune.demo import scenes, start, subsets
 from prismprune.demo.clips import DIRECTIONS, FRAMES, draw_clip
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
@@ -36,8 +38,6 @@ from prismprune.demo.train import Recipe, Stream, ship
 from prismprune.errors import PartsUnavailableError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from PIL import Image
 
 seeds = st.integers(0, 2**31)
@@ -329,6 +329,19 @@ def test_shipped_weights_name_no_path_of_the_machine_that_trained(tmp_path: Path
         "projector.safetensors",
         "recipe.json",
     ]
+
+
+RUNS = sorted((Path(demo.__file__).parent / "recipes").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_the_recipe_of_an_earlier_run_is_one_today(path: Path) -> None:
+    """What was done can be done again: `--recipe` takes it, and it asks for lessons that there are."""
+    recipe = Recipe(**json.loads(path.read_text()))
+    assert recipe.steps > recipe.small_steps
+    draws = map(random.Random, range(40))
+    asked = [question for rng in draws for question in scene_questions(rng, draw_scene(rng), 20, TRAINED)]
+    assert set(recipe.lesson_weights) <= {question.kind for question in asked}
 
 
 @pytest.mark.demo
