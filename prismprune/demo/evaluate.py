@@ -44,7 +44,11 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
         *((method, k) for method in ("saliency", "uniform", "random", "fps") for k in (64, 32)),
     ),
     EASY_VQA_TEST: (("none", None), ("prism", 64), ("prism", 32), ("random", 64), ("random", 32)),
-    CLIPS: (("none", None), ("prism", 512), ("prism", 256), ("random", 512), ("random", 256)),
+    CLIPS: (
+        ("none", None),
+        *(("prism", k) for k in (512, 256, 128, 64)),
+        *(("random", k) for k in (512, 256, 128, 64)),
+    ),
 }
 
 
