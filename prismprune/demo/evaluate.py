@@ -46,8 +46,7 @@ SETTINGS: dict[str, tuple[Setting, ...]] = {
     EASY_VQA_TEST: (("none", None), ("prism", 64), ("prism", 32), ("random", 64), ("random", 32)),
     CLIPS: (
         ("none", None),
-        *(("prism", k) for k in (512, 256, 128, 64)),
-        *(("random", k) for k in (512, 256, 128, 64)),
+        *((method, k) for method in ("prism", "random") for k in (512, 256, 128, 64)),
     ),
 }
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SCENES = 140
+RIDGE = 1e-3
 MIDDLE = 1.6
 """How many patches from an object's center its character can still be read, in Chebyshev distance."""
 PLAIN = 24
@@ -47,17 +48,11 @@ def closed_form_start(
     """Overwrite `projector` (linear_1, GELU, linear_2) with the regression's solution; return its R^2."""
     features, targets = _pairs(encode, embed, sizes, seed)
     mean, spread = features.mean(0), features.std(0) + 1e-6
-    x = (features - mean) / spread
-    y_mean = targets.mean(0)
-    gram = x.T @ x + 1e-3 * len(x) * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(gram, x.T @ (targets - y_mean))
-    residual = targets - y_mean - x @ weights
-    share = 1 - float(residual.square().sum() / (targets - y_mean).square().sum())
+    weights, bias, explained = _ridge((features - mean) / spread, targets, RIDGE)
     # Fold the standardisation in: y = f @ W + b.
     weights = weights / spread[:, None]
-    bias = y_mean - mean @ weights
-    _split(projector, weights.float(), bias.float())
-    return share
+    _split(projector, weights.float(), (bias - mean @ weights).float())
+    return explained
 
 
 def teach_characters(
@@ -80,16 +75,25 @@ def teach_characters(
         chosen, written = _written_patches(rng, scene, round(len(encoded) ** 0.5), said)
         inputs.append(hidden[chosen])
         targets.append(written.double())
-    x, y = torch.cat(inputs), torch.cat(targets)
-    mean = x.mean(0)
-    centered = x - mean
-    ridge = CHARACTER_RIDGE * len(x) * centered.var(0).mean() * torch.eye(x.shape[1], dtype=x.dtype)
-    weights = torch.linalg.solve(centered.T @ centered + ridge, centered.T @ (y - y.mean(0)))
+    weights, bias, explained = _ridge(torch.cat(inputs), torch.cat(targets), CHARACTER_RIDGE)
     with torch.no_grad():
         projector.linear_2.weight += weights.T.float()
-        projector.linear_2.bias += (y.mean(0) - mean @ weights).float()
-    residual = y - y.mean(0) - centered @ weights
-    return 1 - float(residual.square().sum() / (y - y.mean(0)).square().sum())
+        projector.linear_2.bias += bias.float()
+    return explained
+
+
+def _ridge(x: Tensor, y: Tensor, strength: float) -> tuple[Tensor, Tensor, float]:
+    """Weights [in, out] and bias [out] of y = x @ weights + bias, and its R^2.
+
+    strength: of the penalty on squared weights, as a share of the inputs' mean sum of squares.
+    """
+    mean, spoken = x.mean(0), y.mean(0)
+    inputs, outputs = x - mean, y - spoken
+    penalty = strength * len(x) * inputs.var(0).mean() * torch.eye(x.shape[1], dtype=x.dtype)
+    weights = torch.linalg.solve(inputs.T @ inputs + penalty, inputs.T @ outputs)
+    residual = outputs - inputs @ weights
+    explained = 1 - float(residual.square().sum() / outputs.square().sum())
+    return weights, spoken - mean @ weights, explained
 
 
 def _apart(words: Tensor) -> Tensor:

@@ -338,5 +338,6 @@ def ship(trained: Path, target: Path) -> None:
         save_file({key: value.to(torch.float16) for key, value in state.items()}, target / name)
     config = json.loads((trained / "adapter_config.json").read_text())
     config["base_model_name_or_path"] = None  # a path of the machine that trained
+    config["target_modules"].sort()  # a set's order, another at each run
     (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
     (target / "recipe.json").write_text((trained / "recipe.json").read_text())

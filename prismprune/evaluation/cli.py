@@ -108,11 +108,15 @@ def _settings(method: Sequence[str] | None, budgets: Sequence[int]) -> list[Sett
 
 def _make_folders(plot: Path | None, *others: Path | None) -> None:
     """What cannot be written is told before anything is computed."""
+    from prismprune.errors import InvalidOptionError  # noqa: PLC0415 -- beside the others
     from prismprune.evaluation.report import check_plots  # noqa: PLC0415 -- beside the others
 
     if plot:
         check_plots()
-    for file in filter(None, (plot, *others)):
+    files = [file for file in (plot, *others) if file]
+    if len({file.resolve() for file in files}) < len(files):
+        raise InvalidOptionError("Results, answers, table and plot each need a file of their own.")
+    for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
 
 

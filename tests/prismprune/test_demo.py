@@ -313,7 +313,7 @@ def test_shipped_weights_name_no_path_of_the_machine_that_trained(tmp_path: Path
     for name in ("projector", "adapter_model"):
         save_file({"weight": torch.ones(2, 2)}, trained / f"{name}.safetensors")
     (trained / "adapter_config.json").write_text(
-        json.dumps({"r": 4, "base_model_name_or_path": str(trained)})
+        json.dumps({"r": 4, "base_model_name_or_path": str(trained), "target_modules": ["v", "k"]})
     )
     (trained / "recipe.json").write_text("{}")
     (trained / "resume.pt").write_bytes(b"large")
@@ -322,6 +322,7 @@ def test_shipped_weights_name_no_path_of_the_machine_that_trained(tmp_path: Path
     assert json.loads((target / "adapter_config.json").read_text()) == {
         "r": 4,
         "base_model_name_or_path": None,
+        "target_modules": ["k", "v"],
     }
     assert sorted(path.name for path in target.iterdir()) == [
         "adapter_config.json",

@@ -473,6 +473,17 @@ def test_the_command_refuses_a_bad_method_at_once(tmp_path: Path, options: list[
     assert message in done.output
 
 
+def test_the_command_writes_no_file_over_another(tmp_path: Path) -> None:
+    """Answers are written anew: in the place of the results they would end what hours have made."""
+    kept = tmp_path / "runs.jsonl"
+    kept.write_text("of an earlier run\n")
+    command = ["compare", str(write_questions(tmp_path)), "--results", str(kept), "--answers", str(kept)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "a file of their own" in done.output
+    assert kept.read_text() == "of an earlier run\n"
+
+
 def test_the_command_refuses_an_empty_file(tmp_path: Path) -> None:
     """Nothing to ask is an error, not an empty table."""
     (tmp_path / "empty.jsonl").write_text("")
