@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
 from prismprune import GenerationOptions, PrunedVLM
@@ -69,7 +68,7 @@ class Product:
 
     def run(self, values: torch.Tensor) -> None:
         """On the first rows and columns of `values`."""
-        linear(values[: self.rows, : self.layer.in_features], self.layer.weight, self.layer.bias)
+        self.layer(values[: self.rows, : self.layer.in_features])
 
 
 class Answering:

@@ -13,6 +13,7 @@ from transformers.utils.import_utils import is_bitsandbytes_available
 
 from prismprune.errors import InvalidOptionError, UnknownModelError
 from prismprune.families import family_of
+from prismprune.few_rows import use_all_cores_for_few_rows
 from prismprune.hub import origin_of
 from prismprune.quantization import DTYPES, Quantization
 
@@ -75,6 +76,8 @@ def load_checkpoint(
             f"No model could be loaded from {name!r}: it is neither {DEMO!r} nor a directory with a complete "
             "checkpoint, nor a hub id that can be reached from here or is in the hub's cache."
         ) from error
+    if where.type == "cpu":
+        use_all_cores_for_few_rows(model)
     end_ids = _end_ids(model.generation_config, processor.tokenizer)
     commit = getattr(origin["revision"], "resolved", revision)
     label = str(quantized) if quantized else None
