@@ -60,10 +60,10 @@ def _slices(outputs: int, threads: int) -> int:
 
 
 def use_all_cores_for_few_rows(model: nn.Module) -> None:
-    """Make every plain linear layer of a model a `FewRowsLinear`: same parameters, same state dict.
+    """Make every plain float32 linear layer of a model a `FewRowsLinear`: same parameters, same state dict.
 
-    Quantized layers, which multiply in their own way, and other subclasses stay as they are.
+    Quantized layers, which multiply in their own way, other subclasses and other dtypes stay as they are.
     """
     for module in model.modules():
-        if type(module) is nn.Linear:
+        if type(module) is nn.Linear and module.weight.dtype is torch.float32:
             module.__class__ = FewRowsLinear

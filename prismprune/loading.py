@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from prismprune.families.base import Family
 
 DEMO = "prism-demo"
+PACKED_ROWS = 32
+"""Of a weight matrix, which bitsandbytes interleaves for its fused product on a CPU."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -78,6 +80,8 @@ def load_checkpoint(
         ) from error
     if where.type == "cpu":
         use_all_cores_for_few_rows(model)
+        if quantized is not None and quantized.kind == "nf4":
+            _pack_only_what_fits(model)
     end_ids = _end_ids(model.generation_config, processor.tokenizer)
     commit = getattr(origin["revision"], "resolved", revision)
     label = str(quantized) if quantized else None
@@ -159,6 +163,22 @@ def _bitsandbytes(
         bnb_4bit_compute_dtype=torch_dtype(chosen) if chosen else compute,
         llm_int8_skip_modules=spared,
     )
+
+
+def _pack_only_what_fits(model: Any) -> None:
+    """Keep bitsandbytes from repacking NF4 layers that its fused product cannot compute as asked for.
+
+    On CPUs with AVX512-BF16 it repacks every layer when it is first called, for a product in bfloat16, and
+    fails where a row is not whole blocks or the rows are not a multiple of 32.
+    """
+    from bitsandbytes.nn import Linear4bit  # noqa: PLC0415 (it takes long, and nobody else needs it)
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            blocks = module.in_features % module.weight.quant_state.blocksize == 0
+            fits = blocks and module.out_features % PACKED_ROWS == 0
+            if not fits or module.compute_dtype is not torch.bfloat16:
+                module.support_avx512bf16_for_cpu = False
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import nn
 
@@ -99,6 +100,24 @@ def test_nf4_computes_in_the_models_numbers_or_in_those_asked_for(
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert layers
     assert {layer.compute_dtype for layer in layers} == {computed}
+
+
+@pytest.mark.parametrize("computed", ["float32", "bfloat16"])
+@pytest.mark.parametrize("widths", [(64, 128), (128, 96), (32, 64), (64, 72)])
+def test_nf4_multiplies_as_its_weights_say(tmp_path: Path, widths: tuple[int, int], computed: str) -> None:
+    """Whatever the widths: a CPU's fused product takes whole blocks of 64 and multiples of 32 rows."""
+    tiny = save_tiny_llava(tmp_path / "tiny", widths=widths)
+    chosen = Quantization("nf4", compute_dtype=computed)
+    model = PrunedVLM.from_pretrained(tiny, device="cpu", dtype="float32", quantization=chosen).model
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert {layer.in_features for layer in layers} == set(widths)
+    bits = torch.finfo(getattr(torch, computed)).eps
+    for layer in layers:
+        weights = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        values = torch.randn(3, layer.in_features)
+        with torch.inference_mode():
+            exact = values @ weights.T
+            torch.testing.assert_close(layer(values), exact, rtol=4 * bits, atol=4 * bits * exact.abs().max())
 
 
 def test_int8_does_not_log_each_layer(tiny_llava: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -76,19 +76,21 @@ def save_tiny_llava(
     strategy: Literal["default", "full"] = "default",
     layer: Any = -2,
     crop: bool = False,
+    widths: tuple[int, int] = (32, 64),
     seed: int = 0,
     **config: Any,
 ) -> Path:
     """Write a model of 4 x 4 = 16 patches, 4 tower blocks and 2 language layers, and its processor.
 
     `crop`: resize the shorter edge and cut out the centre, as LLaVA-1.5 does; else resize to a square.
+    `widths`: of the language model, hidden and intermediate.
     """
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     model = LlavaForConditionalGeneration(
         LlavaConfig(
             vision_config=_tower(tower),
-            text_config=_text(len(tokenizer)),
+            text_config=_text(len(tokenizer), widths=widths),
             image_token_index=_id(tokenizer, "<image>"),
             vision_feature_select_strategy=strategy,
             vision_feature_layer=layer,
@@ -191,12 +193,14 @@ def _tower(name: str) -> CLIPVisionConfig | Dinov2Config:
     return Dinov2Config(**shape, image_size=IMAGE_SIZE + PATCH_SIZE, mlp_ratio=2)
 
 
-def _text(vocabulary: int, name: str = "llama") -> LlamaConfig | MistralConfig:
+def _text(
+    vocabulary: int, name: str = "llama", widths: tuple[int, int] = (32, 64)
+) -> LlamaConfig | MistralConfig:
     kinds: dict[str, type[LlamaConfig | MistralConfig]] = {"llama": LlamaConfig, "mistral": MistralConfig}
     return kinds[name](
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=widths[0],
+        intermediate_size=widths[1],
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
