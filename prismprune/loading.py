@@ -11,9 +11,9 @@ import torch
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
 from transformers.utils.import_utils import is_bitsandbytes_available
 
+from prismprune.cpu_products import use_onednn
 from prismprune.errors import InvalidOptionError, UnknownModelError
 from prismprune.families import family_of
-from prismprune.few_rows import use_all_cores_for_few_rows
 from prismprune.hub import origin_of
 from prismprune.quantization import DTYPES, Quantization
 
@@ -49,6 +49,7 @@ def load_checkpoint(
     device: str = "auto",
     quantization: str | Quantization | None = None,
     layout: str | None = None,
+    packed_bytes: int = 0,
     progress: Progress | None = None,
 ) -> Loaded:
     """Load `"prism-demo"`, a checkpoint directory or a hub id, with the processor that it comes with.
@@ -56,7 +57,9 @@ def load_checkpoint(
     dtype: "float32", "bfloat16", "float16"; "auto" is float32 on a CPU and 16 bits on CUDA. device: "cpu",
     "cuda", "cuda:1", ...; "auto" is CUDA where there is one. quantization: None, "int8", "nf4" or
     a `Quantization`, of the language model's layers only unless it says more. layout: how visual tokens are
-    packed, one of the family's `layouts`; None: as transformers does.
+    packed, one of the family's `layouts`; None: as transformers does. packed_bytes: how much copies of the
+    float32 weights in the order of a CPU's kernels may take, for faster products; the copies do not notice
+    weights that are changed through `.data` later (see `cpu_products`).
 
     Raises `UnknownModelError` for a name that leads to no checkpoint or a family without an adapter,
     `InvalidOptionError` for an option out of its range or one that this machine cannot do.
@@ -79,7 +82,7 @@ def load_checkpoint(
             "checkpoint, nor a hub id that can be reached from here or is in the hub's cache."
         ) from error
     if where.type == "cpu":
-        use_all_cores_for_few_rows(model)
+        use_onednn(model, packed_bytes)
         if quantized is not None and quantized.kind == "nf4":
             _pack_only_what_fits(model)
     end_ids = _end_ids(model.generation_config, processor.tokenizer)
@@ -171,11 +174,12 @@ def _pack_only_what_fits(model: Any) -> None:
     On CPUs with AVX512-BF16 it repacks every layer when it is first called, for a product in bfloat16, and
     fails where a row is not whole blocks or the rows are not a multiple of 32.
     """
-    from bitsandbytes.nn import Linear4bit  # noqa: PLC0415 (it takes long, and nobody else needs it)
+    from bitsandbytes.nn.modules import Linear4bit  # noqa: PLC0415 (it takes long, and nobody else needs it)
 
     for module in model.modules():
         if isinstance(module, Linear4bit):
-            blocks = module.in_features % module.weight.quant_state.blocksize == 0
+            weight: Any = module.weight
+            blocks = module.in_features % weight.quant_state.blocksize == 0
             fits = blocks and module.out_features % PACKED_ROWS == 0
             if not fits or module.compute_dtype is not torch.bfloat16:
                 module.support_avx512bf16_for_cpu = False

@@ -72,6 +72,7 @@ class PrunedVLM:
         device: str = "auto",
         quantization: str | Quantization | None = None,
         layout: str | None = None,
+        packed_bytes: int = 0,
         progress: Progress | None = None,
     ) -> PrunedVLM:
         """Load `"prism-demo"`, a checkpoint directory or a hub id; see `loading.load_checkpoint`."""
@@ -83,6 +84,7 @@ class PrunedVLM:
                 device=device,
                 quantization=quantization,
                 layout=layout,
+                packed_bytes=packed_bytes,
                 progress=progress,
             )
         )

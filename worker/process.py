@@ -192,6 +192,7 @@ class WorkerProcess:
             device=settings.device,
             quantization=settings.quantized,
             layout=settings.layout,
+            packed_bytes=settings.packed_weights_bytes,
             progress=_Progress(),
         )
         _watch_layers(model.model, self._engine.progress)

@@ -111,13 +111,15 @@ def test_nf4_multiplies_as_its_weights_say(tmp_path: Path, widths: tuple[int, in
     model = PrunedVLM.from_pretrained(tiny, device="cpu", dtype="float32", quantization=chosen).model
     layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
     assert {layer.in_features for layer in layers} == set(widths)
-    bits = torch.finfo(getattr(torch, computed)).eps
+    rounding = torch.finfo(getattr(torch, computed)).eps
     for layer in layers:
-        weights = dequantize_4bit(layer.weight.data, layer.weight.quant_state).float()
+        weight: Any = layer.weight
+        weights = dequantize_4bit(weight.data, weight.quant_state).float()
         values = torch.randn(3, layer.in_features)
         with torch.inference_mode():
             exact = values @ weights.T
-            torch.testing.assert_close(layer(values), exact, rtol=4 * bits, atol=4 * bits * exact.abs().max())
+            off = (layer(values) - exact).abs().max() / exact.abs().max()
+        assert off < 4 * rounding
 
 
 def test_int8_does_not_log_each_layer(tiny_llava: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,141 @@
+"""Linear layers that multiply with oneDNN, packed or not, give what plain ones give."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.profiler import profile
+
+from prismprune import PrunedVLM
+from prismprune.cpu_products import OneDnnLinear, available, use_onednn
+from tests.prismprune.tiny import picture, save_tiny_llava
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+EVERYTHING = 2**40
+pytestmark = pytest.mark.skipif(not available(), reason="oneDNN's products are used on x86 CPUs alone")
+
+
+def layers(inputs: int, outputs: int, *, bias: bool, packed: bool) -> tuple[nn.Linear, nn.Linear]:
+    """A plain layer and one that multiplies with oneDNN, of the same weights."""
+    plain = nn.Linear(inputs, outputs, bias=bias)
+    model = nn.Sequential(copy.deepcopy(plain))
+    use_onednn(model, EVERYTHING if packed else 0)
+    layer = model[0]
+    assert isinstance(layer, OneDnnLinear)
+    return plain, layer
+
+
+def assert_same(layer: nn.Module, plain: nn.Module, values: torch.Tensor) -> None:
+    with torch.inference_mode():
+        torch.testing.assert_close(layer(values), plain(values), rtol=1e-4, atol=1e-5)
+
+
+def operations(layer: nn.Module, values: torch.Tensor) -> set[str]:
+    with profile() as seen:
+        layer(values)
+    return {event.key for event in seen.key_averages()}
+
+
+@given(
+    shape=st.lists(st.integers(0, 15), max_size=2).map(tuple),
+    inputs=st.integers(1, 40),
+    outputs=st.integers(1, 300),
+    bias=st.booleans(),
+    packed=st.booleans(),
+)
+def test_any_shape_gives_what_a_plain_layer_gives(
+    shape: tuple[int, ...], inputs: int, outputs: int, *, bias: bool, packed: bool
+) -> None:
+    plain, layer = layers(inputs, outputs, bias=bias, packed=packed)
+    assert_same(layer, plain, torch.randn(*shape, inputs))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_values_and_weights_in_any_order_of_memory(packed: bool) -> None:
+    plain, layer = layers(24, 128, bias=True, packed=packed)
+    plain.weight = layer.weight = nn.Parameter(plain.weight.detach().t().contiguous().t())
+    assert_same(layer, plain, torch.randn(24, 5, 3).permute(1, 2, 0))
+    assert_same(layer, plain, torch.randn(7, 48)[:, ::2])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_product_is_onednns_where_no_gradient_is_wanted(packed: bool) -> None:
+    _, layer = layers(16, 128, bias=False, packed=packed)
+    with torch.inference_mode():
+        assert "mkldnn::_linear_pointwise" in operations(layer, torch.randn(2, 16))
+    with torch.no_grad():
+        assert "mkldnn::_linear_pointwise" in operations(layer, torch.randn(2, 16))
+    assert "mkldnn::_linear_pointwise" not in operations(layer, torch.randn(2, 16))
+
+
+def test_weights_that_change_are_packed_again() -> None:
+    plain, layer = layers(16, 128, bias=True, packed=True)
+    values = torch.randn(3, 16)
+    assert_same(layer, plain, values)
+    with torch.no_grad():
+        for each in (plain, layer):
+            each.weight.mul_(2)
+    assert_same(layer, plain, values)
+    state = nn.Linear(16, 128).state_dict()
+    for each in (plain, layer):
+        each.load_state_dict(state)
+    assert_same(layer, plain, values)
+    plain.weight = layer.weight = nn.Parameter(torch.randn(128, 16))
+    assert_same(layer, plain, values)
+
+
+def test_a_copy_has_weights_of_its_own() -> None:
+    plain, layer = layers(16, 128, bias=True, packed=True)
+    other = copy.deepcopy(layer)
+    with torch.no_grad():
+        other.weight.zero_()
+        other.bias.zero_()
+        assert not other(torch.randn(3, 16)).any()
+    assert_same(layer, plain, torch.randn(3, 16))
+
+
+def test_as_many_layers_are_packed_as_the_bytes_hold() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(8, 8), nn.Linear(8, 8))
+    use_onednn(model, 2 * 8 * 8 * 4)
+    assert [layer.packed for layer in model] == [True, False, True, False]
+
+
+def test_other_number_formats_and_subclasses_are_left_alone() -> None:
+    class Own(nn.Linear):
+        pass
+
+    model = nn.Sequential(Own(16, 128), nn.Linear(16, 128, dtype=torch.bfloat16))
+    use_onednn(model, EVERYTHING)
+    assert [type(layer) for layer in model] == [Own, nn.Linear]
+    plain, layer = layers(16, 128, bias=True, packed=True)
+    assert_same(layer.to(torch.bfloat16), plain.to(torch.bfloat16), torch.randn(2, 16, dtype=torch.bfloat16))
+    assert_same(layer.to(torch.float32), plain.to(torch.float32), torch.randn(2, 16))
+
+
+def test_gradients_are_those_of_a_plain_layer() -> None:
+    plain, layer = layers(16, 128, bias=True, packed=True)
+    values = torch.randn(3, 16)
+    for each in (plain, layer):
+        each(values).square().sum().backward()
+    for own, other in zip(plain.parameters(), layer.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, own.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed_bytes", [0, EVERYTHING])
+def test_a_loaded_model_uses_them_and_saves_like_any_other(tmp_path: Path, packed_bytes: int) -> None:
+    path = save_tiny_llava(tmp_path / "tiny")
+    vlm = PrunedVLM.from_pretrained(path, packed_bytes=packed_bytes)
+    assert isinstance(vlm.model.lm_head, OneDnnLinear)
+    first = vlm.answer(picture(), "What is it?", 6, max_new_tokens=4)
+    vlm.model.save_pretrained(tmp_path / "again")
+    vlm.processor.save_pretrained(tmp_path / "again")
+    again = PrunedVLM.from_pretrained(tmp_path / "again", packed_bytes=packed_bytes)
+    assert again.answer(picture(), "What is it?", 6, max_new_tokens=4).token_ids == first.token_ids
