@@ -1,4 +1,4 @@
-"""Models with random weights for the benchmarks, and a processor that needs no vocabulary of theirs."""
+"""What the benchmarks load: models with random weights, a processor without a vocabulary, and how."""
 
 from __future__ import annotations
 
@@ -23,10 +23,13 @@ from benchmarks.published import VICUNA_7B, VICUNA_13B
 from prismprune import PrunedVLM
 from prismprune.families.llava import LlavaFamily
 from prismprune.loading import Loaded
+from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+PACKED_BYTES: int = WorkerSettings.model_fields["packed_weights_bytes"].default
+"""So that the library in a benchmark's process multiplies as the service's worker does."""
 SIDE, PATCH = 336, 14
 IMAGE_TOKEN_ID = 2
 LANGUAGE_MODELS = {"llava-1.5-7b": VICUNA_7B, "llava-1.5-13b": VICUNA_13B}

@@ -42,7 +42,7 @@ from benchmarks._measure import (
     reset_peak,
     touch,
 )
-from benchmarks._models import IMAGE_TOKEN_ID, word_processor
+from benchmarks._models import IMAGE_TOKEN_ID, PACKED_BYTES, word_processor
 from benchmarks.published import llava
 from prismprune import PrunedVLM
 from prismprune.loading import DEMO, resolve
@@ -198,7 +198,7 @@ def load(path: str, names: list[str]) -> dict[str, Contender]:
     if BASELINE in names:
         contenders[BASELINE] = Unpruned(path)
     if budgets := [name for name in names if name != BASELINE]:
-        vlm = PrunedVLM.from_pretrained(path)
+        vlm = PrunedVLM.from_pretrained(path, packed_bytes=PACKED_BYTES)
         for budget in budgets:
             contenders[budget] = Pruned(vlm, budget)
     return contenders

@@ -38,6 +38,7 @@ from benchmarks._measure import (
     publish,
     ratios,
 )
+from benchmarks._models import PACKED_BYTES
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.servers import Keeper
 from prismprune import PrunedVLM
@@ -139,7 +140,7 @@ def main() -> None:
     logs = Path(tempfile.gettempdir()) / "prismprune-overhead"
     with tempfile.TemporaryDirectory() as scratch, Keeper(asked.threads, logs) as keeper:
         server = keeper.start(PrismPrune(asked.model, Path(scratch)))
-        offline = Offline(PrunedVLM.from_pretrained(asked.model), fields)
+        offline = Offline(PrunedVLM.from_pretrained(asked.model, packed_bytes=PACKED_BYTES), fields)
         with httpx.Client(base_url=server.url, timeout=600, trust_env=False) as http:
             service = Service(http, fields)
             ones = alternating(offline, service, asked.requests * asked.rounds)

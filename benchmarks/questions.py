@@ -30,6 +30,7 @@ from benchmarks._measure import (
     publish,
     ratios,
 )
+from benchmarks._models import PACKED_BYTES
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.caching import EncodingCache
 from prismprune.loading import DEMO
@@ -94,7 +95,7 @@ class Asking:
 def main() -> None:
     asked = parsed()
     torch.set_num_threads(asked.threads)
-    vlm = PrunedVLM.from_pretrained(asked.model)
+    vlm = PrunedVLM.from_pretrained(asked.model, packed_bytes=PACKED_BYTES)
     generation = GenerationOptions(max_new_tokens=asked.tokens)
     asking = Asking(vlm, TokenBudget.parse(asked.budget), generation, CLOCKS[asked.clock])
     kinds = list(product(asked.counts, WAYS))

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
+from benchmarks._models import PACKED_BYTES
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.loading import DEMO
 from prismprune.planning import stage_flops
@@ -156,7 +157,7 @@ def seconds(work: Callable[[], object]) -> float:
 def main() -> None:
     asked = parsed()
     torch.set_num_threads(asked.threads)
-    vlm = PrunedVLM.from_pretrained(asked.model, device="cpu", dtype="float32")
+    vlm = PrunedVLM.from_pretrained(asked.model, device="cpu", dtype="float32", packed_bytes=PACKED_BYTES)
     sides = {budget: Answering(vlm, budget) for budget in asked.budgets.split(",")}
     measured = in_turns(sides, asked.rounds)
     rows = [row for name, side in sides.items() for row in rows_of(side, measured[name])]
