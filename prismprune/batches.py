@@ -6,7 +6,8 @@ transformers' caches do the work. What is added is room behind the tokens, and r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch.nn.functional import pad
@@ -32,6 +33,20 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
         self._room: list[Tensor] = []
+
+    @classmethod
+    def joined(
+        cls, parts: Sequence[tuple[Tensor, Tensor]], places: Sequence[Sequence[int]], length: int
+    ) -> Self:
+        """One layer of several parts' keys and values, each part's rows at its places, padded to `length`.
+
+        Everything is written once, to where the next tokens have room already.
+        """
+        layer = cls()
+        layer.lazy_initialization(*parts[0])
+        layer._room = [_placed(tensors, places, length) for tensors in zip(*parts, strict=True)]
+        layer.keys, layer.values = (room[:, :, :length] for room in layer._room)
+        return layer
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -76,6 +91,18 @@ def _roomy(tokens: Tensor, length: int) -> Tensor:
     rows, heads, held, width = tokens.shape
     room = tokens.new_empty(rows, heads, length, width)
     room[:, :, :held] = tokens
+    return room
+
+
+def _placed(parts: Sequence[Tensor], places: Sequence[Sequence[int]], length: int) -> Tensor:
+    """Parts [B, heads, T, head_dim] at their rows of one tensor, with zeros before what is shorter."""
+    _, heads, _, width = parts[0].shape
+    room = parts[0].new_empty(sum(map(len, places)), heads, length + ROOM, width)
+    for part, rows in zip(parts, places, strict=True):
+        missing = length - part.shape[2]
+        for tokens, row in zip(part, rows, strict=True):
+            room[row, :, :missing] = 0  # what is masked must still be a number
+            room[row, :, missing:length] = tokens
     return room
 
 
@@ -153,22 +180,26 @@ class Batch:
         return logits
 
 
-def joined(batches: Sequence[Batch]) -> Batch:
-    """One batch of all rows, padded on the left to the longest."""
+def joined(batches: Sequence[Batch], places: Sequence[Sequence[int]] | None = None) -> Batch:
+    """One batch of all rows, padded on the left to the longest.
+
+    places: for each batch the rows of the new one that become its own; None: one batch after the other.
+    """
+    ends = list(accumulate(len(batch.mask) for batch in batches))
+    if places is None:
+        places = [range(end - len(batch.mask), end) for end, batch in zip(ends, batches, strict=True)]
+    order = torch.tensor([row for own in places for row in own], device=batches[0].mask.device).argsort()
     if len(batches) == 1:
+        batches[0].keep(order.tolist())
         return batches[0]
     length = max(batch.mask.shape[1] for batch in batches)
-    layers: list[tuple[Tensor, Tensor]] = []
-    for own in zip(*(batch.layers for batch in batches), strict=True):
-        keys, values = zip(*(layer.tensors for layer in own), strict=True)
-        layers.append((_stacked(keys, length), _stacked(values, length)))
-    masks = [pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in batches]
+    layers = [
+        RoomyLayer.joined([layer.tensors for layer in own], places, length)
+        for own in zip(*(batch.layers for batch in batches), strict=True)
+    ]
+    masks = torch.cat([pad(batch.mask, (length - batch.mask.shape[1], 0)) for batch in batches])
     positions = torch.cat([batch.next_positions for batch in batches])
-    return Batch(roomy_cache(layers), torch.cat(masks), positions, batches[0].axes)
-
-
-def _stacked(tensors: Sequence[Tensor], length: int) -> Tensor:
-    return torch.cat([pad(tensor, (0, 0, length - tensor.shape[2], 0)) for tensor in tensors])
+    return Batch(Cache(layers=[*layers]), masks[order], positions[order], batches[0].axes)
 
 
 @dataclass(frozen=True, slots=True)

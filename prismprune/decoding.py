@@ -199,10 +199,10 @@ class _Prefill:
             (rows, *self._extended([begun[row] for row in rows], rows))
             for rows in similar_lengths(rests, most_tokens, similar=0)
         ]
-        batch = joined([part for _, part, _ in parts])
-        order = torch.tensor([row for rows, *_ in parts for row in rows]).argsort().tolist()
-        batch.keep(order)
-        return batch, torch.cat([logits for *_, logits in parts])[order]
+        places = [rows for rows, *_ in parts]
+        order = torch.tensor([row for rows in places for row in rows]).argsort()
+        logits = torch.cat([own for *_, own in parts])[order.to(self._decoder.model.device)]
+        return joined([part for _, part, _ in parts], places), logits
 
     def _prefixes(self) -> dict[int, Prefix]:
         """Of the rows that have one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import count, islice, pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
 from prismprune import GenerationOptions, InvalidOptionError, TokenBudget, VisualRequest
-from prismprune.batches import ROOM, Batch, Prefix, RoomyLayer
+from prismprune.batches import ROOM, Batch, Prefix, RoomyLayer, joined, roomy_cache
 from prismprune.caching import EncodingCache
 from prismprune.media import Picture
 from prismprune.session import Asked, Pending, Session
@@ -322,6 +322,36 @@ def test_a_cache_with_room_holds_what_one_without_does() -> None:
     assert torch.equal(roomy.tensors[0], present(plain.keys))
     assert torch.equal(roomy.tensors[1], present(plain.values))
     assert copies == 3  # behind the prompt, behind what was dropped, and where the room was used up
+
+
+@given(
+    rows=st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4), data=st.data()
+)
+def test_joined_rows_keep_their_tokens_at_their_places(rows: list[list[int]], data: st.DataObject) -> None:
+    """Each a number of its own in every cell of a batch as long as its longest row, padded on the left."""
+    number = count(1)
+    batches: list[Batch] = []
+    wanted: list[tuple[int, int]] = []
+    for own in rows:
+        numbers = list(islice(number, len(own)))
+        mask = torch.tensor([[0] * (max(own) - length) + [1] * length for length in own])
+        tokens = torch.tensor(numbers)[:, None, None, None] * mask[:, None, :, None].expand(-1, 2, -1, 4)
+        cache = roomy_cache([(tokens.float(), -tokens.float())])
+        batches.append(Batch(cache, mask, torch.tensor(own), None))
+        wanted += zip(numbers, own, strict=True)
+    order = data.draw(st.permutations(range(len(wanted))))
+    places = iter(order)
+    together = joined(batches, [list(islice(places, len(own))) for own in rows])
+    (layer,) = together.layers
+    layer.update(new := torch.full((len(wanted), 2, 1, 4), 99.0), -new)
+    keys, values = layer.tensors
+    longest = max(map(max, rows))
+    for (its, length), place in zip(wanted, order, strict=True):
+        line = torch.tensor([0.0] * (longest - length) + [its] * length + [99.0])
+        assert torch.equal(keys[place], line[:, None].expand(2, -1, 4))
+        assert torch.equal(values[place], -keys[place])
+        assert together.mask[place].tolist() == [0] * (longest - length) + [1] * length
+        assert together.next_positions[place] == length
 
 
 def test_one_thread_encodes_while_another_steps(vlm: PrunedVLM) -> None:
