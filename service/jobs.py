@@ -50,8 +50,8 @@ PUBLISHERS = 8
 START = "0-0"
 """Before a stream's first entry."""
 EVENTS_AT_ONCE = 256
-LEAST_PAUSE_S, MOST_PAUSE_S = 0.03, 0.5
-"""Between two looks at a stream: pieces of text wake nobody, changes of state do."""
+FOLLOW_AGAIN_S = 0.5
+"""A follower of events looks this often even if nothing wakes it; it says now and then that it lives."""
 
 _EVENT_NAMES = {name.value for name in EventName}
 _ENDED_WITHOUT_ERROR = {
@@ -293,7 +293,6 @@ class Jobs:
 
         A broker that is away is waited for. An end that the stream no longer holds is told all the same.
         """
-        pause_s = LEAST_PAUSE_S
         async with self._signals.of(record.id) as changed:
             while True:
                 events = await self._events_after(record.id, after)
@@ -308,8 +307,7 @@ class Jobs:
                         yield Event(after, EventName.of_end(record.state), {})
                         return
                     yield None
-                pause_s = LEAST_PAUSE_S if events else min(2 * pause_s, MOST_PAUSE_S)
-                await _wait(changed, pause_s)
+                await _wait(changed, FOLLOW_AGAIN_S)
                 changed.clear()
 
     async def _events_after(self, job_id: str, after: str) -> list[Event]:

@@ -323,7 +323,7 @@ class AnswerResult(Frozen):
 
 
 class JobEvent(Frozen):
-    """Published on the job's channel at each change of state, for those who wait for its end."""
+    """Published on the job's channel at each change of state, and where a running one has more events."""
 
     state: JobState
     at: float

@@ -242,7 +242,8 @@ class Jobs:
 
     def tell(self, claim: Claim, number: int, events: Sequence[tuple[EventName, str]]) -> None:
         """Appends events (name, data as JSON) to the job's stream, once for each `number`, which rises."""
-        args: _Args = [claim.token, number, *(part for event in events for part in event)]
+        args: _Args = [claim.token, number, events_channel(claim.job_id), _event(JobState.RUNNING)]
+        args += [part for event in events for part in event]
         self._tell(keys=[job_key(claim.job_id), events_key(claim.job_id)], args=args)
 
     def describe(self, media_id: str, width: int, height: int, frames: int) -> None:

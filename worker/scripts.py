@@ -114,15 +114,16 @@ redis.call('ZADD', KEYS[4], ARGV[2], ARGV[3])
 return state
 """
 
-# KEYS: job, events. ARGV: token, number of the batch, then name and data of each event. Whoever lost the job,
-# or comes after its end, says nothing any more.
+# KEYS: job, events. ARGV: token, number of the batch, channel, `JobEvent`, then name and data of each event.
+# Whoever lost the job, or comes after its end, says nothing any more.
 TELL = (
     _TELL
     + """
 local job = redis.call('HMGET', KEYS[1], 'state', 'holder', 'told')
 if job[1] ~= 'running' or job[2] ~= ARGV[1] or tonumber(job[3]) >= tonumber(ARGV[2]) then return end
 redis.call('HSET', KEYS[1], 'told', ARGV[2])
-for i = 3, #ARGV, 2 do tell(KEYS[2], ARGV[i], ARGV[i + 1]) end
+for i = 5, #ARGV, 2 do tell(KEYS[2], ARGV[i], ARGV[i + 1]) end
+redis.call('PUBLISH', ARGV[3], ARGV[4])
 """
 )
 

@@ -170,13 +170,16 @@ class StandInWorker(threading.Thread):
         for text, attempt in {"stream": [("red", 1)], "again": [("re", 1), ("red", 2)]}.get(
             job.questions[0], ()
         ):
-            self._tell(job, EventName.STARTED, StartedData(attempt=attempt))
+            self.tell(job, EventName.STARTED, StartedData(attempt=attempt))
             for letter in text:
-                self._tell(job, EventName.TOKEN, TokenData(question=0, text=letter))
+                self.tell(job, EventName.TOKEN, TokenData(question=0, text=letter))
         return job
 
-    def _tell(self, job: AnswerJob, event: EventName, data: BaseModel) -> None:
+    def tell(self, job: AnswerJob, event: EventName, data: BaseModel) -> None:
+        """As a worker's attempt does."""
         self._redis.xadd(events_key(job.id), {"event": event, "data": data.model_dump_json()})
+        more = JobEvent(state=JobState.RUNNING, at=time.time())
+        self._redis.publish(events_channel(job.id), more.model_dump_json())
 
     def _end(self, job: AnswerJob) -> None:
         if self._redis.hget(job_key(job.id), "state") == JobState.CANCELED:
@@ -211,7 +214,7 @@ class StandInWorker(threading.Thread):
             pipe.publish(events_channel(job.id), JobEvent(state=state, at=time.time()).model_dump_json())
             pipe.execute()
         if state.terminal:
-            self._tell(job, EventName.of_end(state), EndedData(id=job.id, state=state))
+            self.tell(job, EventName.of_end(state), EndedData(id=job.id, state=state))
 
 
 def result(job: AnswerJob) -> AnswerResult:

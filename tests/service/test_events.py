@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from service.jobs import Jobs
+from service import jobs
 from tests.replies import state
 from tests.service.conftest import MODEL, listening, problem, question, until
 from tests.service.test_chat import client as openai_client
 from tests.service.test_chat import messages
-from worker.contract import CANCEL_CHANNEL, JobState, events_key, job_key, open_jobs_key
+from worker.contract import CANCEL_CHANNEL, EventName, JobState, TokenData, events_key, job_key, open_jobs_key
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -57,6 +57,26 @@ async def test_an_answer_is_streamed_from_queue_to_result(client: httpx.AsyncCli
     assert "".join(data["text"] for event, data, _ in events if event == "token") == "red"
     assert events[-1][1]["answer"] == "red"
     assert events[-1][1]["visual_tokens"]["kept"] == 64
+
+
+async def test_text_wakes_its_reader(
+    make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told while the job runs, though here the reader never looks by itself."""
+    monkeypatch.setattr(jobs, "FOLLOW_AGAIN_S", 3600)
+    async with (
+        listening(make_settings()) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        http.stream("POST", "/v1/answer", json=question(question="for ever", stream=True)) as reply,
+    ):
+        await until(lambda: bool(worker.jobs))
+        await asyncio.sleep(0.2)  # the reader has seen what there was
+        worker.tell(worker.jobs[0], EventName.TOKEN, TokenData(question=0, text="red"))
+        lines = reply.aiter_lines()
+        async with asyncio.timeout(30):
+            while "red" not in (line := await anext(lines)):
+                assert not line.startswith("event: completed")
+        worker.release.set()
 
 
 async def test_a_failure_ends_the_stream_with_its_problem(client: httpx.AsyncClient) -> None:
@@ -199,12 +219,12 @@ async def test_a_stream_outlasts_a_broker_that_is_away_for_a_moment(
     make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its reader waits, and misses nothing."""
-    after, failures = Jobs._events_after, iter([True] * 3)
+    after, failures = jobs.Jobs._events_after, iter([True] * 3)
 
-    async def sometimes(self: Jobs, job_id: str, entry: str) -> Any:
+    async def sometimes(self: jobs.Jobs, job_id: str, entry: str) -> Any:
         return [] if next(failures, False) else await after(self, job_id, entry)
 
-    monkeypatch.setattr(Jobs, "_events_after", sometimes)
+    monkeypatch.setattr(jobs.Jobs, "_events_after", sometimes)
     del worker
     async with listening(make_settings()) as port, openai_client(port) as official:
         stream = await official.chat.completions.create(

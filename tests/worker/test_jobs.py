@@ -67,18 +67,20 @@ def test_a_claim_starts_the_job_and_counts_the_attempt(jobs: Jobs, redis: Redis,
     assert jobs.running == 1
 
 
-def test_every_change_of_state_is_published(jobs: Jobs, redis: Redis, make_job: MakeJob) -> None:
-    """A listener hears the start and the end."""
+def test_every_change_of_state_and_text_are_published(jobs: Jobs, redis: Redis, make_job: MakeJob) -> None:
+    """A listener hears the start, that there is text, and the end."""
     job = make_job()
     with redis.pubsub(ignore_subscribe_messages=True) as listener:
         listener.subscribe(events_channel(job.id))
-        jobs.finish(claimed(jobs, job.id), FAILED)
+        claim = claimed(jobs, job.id)
+        jobs.tell(claim, 1, [(EventName.TOKEN, "{}"), (EventName.TOKEN, "{}")])
+        jobs.finish(claim, FAILED)
         heard: list[JobState] = []
-        while len(heard) < 2:
+        while JobState.FAILED not in heard:
             message = listener.get_message(timeout=5)
             if message:
                 heard.append(JobEvent.model_validate_json(message["data"]).state)
-    assert heard == [JobState.RUNNING, JobState.FAILED]
+    assert heard == [JobState.RUNNING, JobState.RUNNING, JobState.FAILED]
 
 
 def test_the_end_is_stored_for_a_day_and_the_lease_given_back(

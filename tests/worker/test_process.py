@@ -110,10 +110,10 @@ def test_a_worker_answers_measures_and_finishes_before_it_leaves(
         listener.subscribe(events_channel(job.id))
         enqueue(broker_url, job)
         events: list[JobState] = []
-        while len(events) < 2:
+        while JobState.SUCCEEDED not in events:
             message = until(lambda: listener.get_message(timeout=1), running)
             events.append(JobEvent.model_validate_json(message["data"]).state)
-        assert events == [JobState.RUNNING, JobState.SUCCEEDED]
+        assert set(events[:-1]) == {JobState.RUNNING}
         result = AnswerResult.model_validate_json(field(redis, job_key(job.id), "result"))
         assert (result.visual_tokens.original, result.visual_tokens.kept) == (PATCHES, 8)
         assert result.usage is not None
