@@ -34,9 +34,12 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO, help="a checkpoint directory or a hub id")
     parser.add_argument("--part", default="language", choices=ROWS, help="of which the layers are")
     parser.add_argument("--rows", help="default: what that part sees")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    layers = layers_of(PrunedVLM.from_pretrained(asked.model, device="cpu", dtype="float32"), asked.part)
+    layers = layers_of(PrunedVLM.from_pretrained(asked.model, device="cpu", dtype=asked.dtype), asked.part)
+    if not layers:
+        raise SystemExit(f"This CPU does not multiply {asked.dtype} by oneDNN here.")
     rows = [int(each) for each in (asked.rows or ROWS[asked.part]).split(",")]
     faster = {each: measured(layers, each, asked.rounds) for each in rows}
     table = markdown(["rows", "oneDNN", "packed"], ((each, *faster[each].values()) for each in rows))
@@ -57,7 +60,9 @@ def layers_of(vlm: PrunedVLM, part: str) -> list[OneDnnLinear]:
 @torch.inference_mode()
 def measured(layers: Sequence[OneDnnLinear], rows: int, rounds: int) -> dict[str, Spread]:
     """Plain seconds over those of each other way."""
-    inputs = {layer.in_features: torch.randn(rows, layer.in_features) for layer in layers}
+    inputs = {
+        layer.in_features: torch.randn(rows, layer.in_features, dtype=layer.weight.dtype) for layer in layers
+    }
     packed = [packed_copy(layer) for layer in layers]
     ways: dict[str, tuple[Callable[..., torch.Tensor], Sequence[OneDnnLinear]]] = {
         "plain": (nn.Linear.forward, layers),

@@ -1,14 +1,16 @@
-"""Linear layers whose float32 products on x86 CPUs are oneDNN's instead of MKL's, of which torch has both.
+"""Linear layers whose products on x86 CPUs are oneDNN's, on weights that are packed for it if there is room.
 
-Torch gives such products to MKL, which on AMD processors is slower at any number of rows, and by half where a
-decoding step or a pruned prompt has few. oneDNN is faster still on weights in the order of its own kernels,
-a copy beside those of the model. `benchmarks/products.py` measures all three, and
-docs/performance-details.md says what came of it.
+Torch has oneDNN and MKL, and gives products of float32 to MKL, which on AMD processors is slower at any
+number of rows, and by half where a decoding step or a pruned prompt has few. oneDNN is faster still on
+weights in the order of its own kernels, a copy beside those of the model; so it is with bfloat16, where the
+CPU has instructions for that. `benchmarks/products.py` measures all ways, and docs/performance-details.md
+says what came of it.
 """
 
 from __future__ import annotations
 
 import platform
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class OneDnnLinear(nn.Linear):
-    """`nn.Linear` with the same parameters; where gradients are wanted, or in other dtypes, just that."""
+    """`nn.Linear` with the same parameters; where gradients are wanted, or in other formats, just that."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the base class's name for it)
         if (
-            input.dtype is not torch.float32
+            input.dtype is not self.weight.dtype
+            or input.dtype not in formats()
             or input.device.type != "cpu"
-            or self.weight.dtype is not torch.float32
             or torch.is_grad_enabled()
             or input.numel() == 0
         ):
@@ -82,16 +84,24 @@ def available() -> bool:
     return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@cache
+def formats() -> frozenset[torch.dtype]:
+    """Number formats that this CPU multiplies by itself."""
+    able = torch.cpu.get_capabilities()
+    native = able["architecture"] == "x86_64" and (able["avx512_bf16"] or able["amx_bf16"])
+    return frozenset({torch.float32, torch.bfloat16} if native else {torch.float32})
+
+
 def use_onednn(model: nn.Module, packed_bytes: int = 0) -> None:
-    """Make every plain float32 linear layer of a model a `OneDnnLinear`, where `available`.
+    """Make every plain linear layer in one of the `formats` a `OneDnnLinear`, where `available`.
 
     Layers are packed in the model's order while the copies take at most `packed_bytes` together. Quantized
-    layers, which multiply in their own way, other subclasses and other dtypes stay as they are.
+    layers, which multiply in their own way, other subclasses and other formats stay as they are.
     """
     if not available():
         return
     for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype is torch.float32:
+        if type(module) is nn.Linear and module.weight.dtype in formats():
             module.__class__ = OneDnnLinear
         if isinstance(module, OneDnnLinear) and module.weight.nbytes <= packed_bytes:
             packed_bytes -= module.weight.nbytes

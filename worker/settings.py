@@ -34,8 +34,9 @@ class WorkerSettings(BaseSettings):
     quantize_also: Annotated[tuple[str, ...], NoDecode] = ()
     """What is quantized besides the language model's layers: `vision`, `projector`, `head`."""
     packed_weights_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
-    """Memory for copies of float32 weights in the order of the CPU's kernels, which make products faster: as
-    many layers as it holds; 0: none. On other devices and in other number formats nothing is copied."""
+    """Memory for copies of weights in the order of the CPU's kernels, which make products faster: as many
+    layers as it holds; 0: none. Of float32, and of bfloat16 on CPUs that have AVX512-BF16 or AMX; on other
+    devices and in other number formats nothing is copied."""
     layout: str | None = None
     """How LLaVA-NeXT packs crops: `native`, or `paper`, without newlines."""
     default_token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] | Literal["all"] = 64

@@ -13,7 +13,7 @@ from torch import nn
 from torch.profiler import profile
 
 from prismprune import PrunedVLM
-from prismprune.cpu_products import OneDnnLinear, available, use_onednn
+from prismprune.cpu_products import OneDnnLinear, available, formats, use_onednn
 from tests.prismprune.tiny import picture, save_tiny_llava
 
 if TYPE_CHECKING:
@@ -112,12 +112,31 @@ def test_other_number_formats_and_subclasses_are_left_alone() -> None:
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(Own(16, 128), nn.Linear(16, 128, dtype=torch.bfloat16))
+    model = nn.Sequential(Own(16, 128), nn.Linear(16, 128, dtype=torch.float64))
     use_onednn(model, EVERYTHING)
     assert [type(layer) for layer in model] == [Own, nn.Linear]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_layer_that_changes_its_format(dtype: torch.dtype) -> None:
+    """And back: 2 of 1,000 is the distance of neighbors in the coarsest."""
     plain, layer = layers(16, 128, bias=True, packed=True)
-    assert_same(layer.to(torch.bfloat16), plain.to(torch.bfloat16), torch.randn(2, 16, dtype=torch.bfloat16))
-    assert_same(layer.to(torch.float32), plain.to(torch.float32), torch.randn(2, 16))
+    for each in (dtype, torch.float32):
+        values = torch.randn(2, 16, dtype=each)
+        with torch.inference_mode():
+            wanted = plain.to(each)(values)
+            torch.testing.assert_close(layer.to(each)(values), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.skipif(torch.bfloat16 not in formats(), reason="this CPU has no instructions for bfloat16")
+def test_packed_bfloat16() -> None:
+    plain = nn.Linear(64, 128, dtype=torch.bfloat16)
+    model = nn.Sequential(copy.deepcopy(plain))
+    use_onednn(model, EVERYTHING)
+    values = torch.randn(5, 64, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        assert "mkldnn::_linear_pointwise" in operations(model, values)
+        torch.testing.assert_close(model(values), plain(values), rtol=2e-2, atol=2e-2)
 
 
 def test_gradients_are_those_of_a_plain_layer() -> None:

@@ -13,6 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import nn
 
 from prismprune import InvalidOptionError, PrunedVLM, Quantization
+from prismprune.cpu_products import OneDnnLinear
 from prismprune.families import FAMILIES
 from prismprune.planning import plan
 from prismprune.quantization import PARTS
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LAYERS = {"int8": Linear8bitLt, "nf4": Linear4bit}
+PLAIN = {nn.Linear, OneDnnLinear}
 FULL = (
     "model.vision_tower",
     "model.image_tower",
@@ -62,7 +64,7 @@ def test_only_the_language_models_layers_are_quantized(
     }
     inside = {kind for path, kind in linear.items() if not path.startswith(FULL)}
     assert inside == {LAYERS[quantization]}
-    assert {kind for path, kind in linear.items() if path.startswith(FULL)} == {nn.Linear}
+    assert {kind for path, kind in linear.items() if path.startswith(FULL)} <= PLAIN
     answer = vlm.answer(picture(1), "What?", 10, max_new_tokens=4)
     assert answer.visual_tokens.kept == 10
     assert answer.visual_tokens.salient == 5
@@ -83,7 +85,7 @@ def test_what_is_quantized_too_is_that_part_alone(
     for path, module in vlm.model.named_modules():
         if isinstance(module, nn.Linear):
             kept = path.startswith(whole)
-            assert type(module) is (nn.Linear if kept else LAYERS[chosen.kind]), path
+            assert type(module) in (PLAIN if kept else {LAYERS[chosen.kind]}), path
     planned = plan(str(folder), 10, dtype="bfloat16", quantization=chosen)
     assert stored_bytes(vlm.model) == planned.budget.weight_bytes
     assert vlm.quantization == planned.quantization == f"{quantization} +{part}"
