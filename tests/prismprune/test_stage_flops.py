@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from prismprune import PrunedVLM
+from prismprune.cpu_products import available
 from prismprune.planning import stage_flops
 from prismprune.session import Asked
 from tests.prismprune.tiny import picture, save_tiny_llava
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
 KEPT = 6
 
 
+def linear_flops(values: Sequence[int], weight: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of [..., inputs] by [outputs, inputs]."""
+    return 2 * math.prod(values) * weight[0]
+
+
 def counted(work: Callable[[], object]) -> int:
     """Operations of every matrix product that is really done."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    # Torch's own counter does not know the product that `OneDnnLinear` calls.
+    own = {torch.ops.mkldnn._linear_pointwise: linear_flops} if available() else {}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=own) as counter:
         work()
     return counter.get_total_flops()
 
