@@ -248,7 +248,8 @@ class Jobs:
         if record.state.terminal or timeout_s == 0:
             return record
         wait_until = time.monotonic() + timeout_s
-        async with self._signals.of(record.id) as changed:  # whose first signal says: subscribed, look once
+        # Its first signal says: subscribed, look once.
+        async with self._signals.of(record.id, end_only=True) as changed:
             while not record.state.terminal and (left := wait_until - time.monotonic()) > 0:
                 await _wait(changed, min(left, LOOK_AGAIN_S))
                 changed.clear()

@@ -8,9 +8,10 @@ import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from worker.contract import events_channel
+from worker.contract import JobEvent, events_channel
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -33,15 +34,18 @@ class JobSignals:
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
-        self._waiting: dict[str, set[asyncio.Event]] = {}
+        self._waiting: dict[str, dict[asyncio.Event, bool]] = {}  # whether only the end matters
         self._connection: Connection | None = None
 
     @asynccontextmanager
-    async def of(self, job_id: str) -> AsyncIterator[asyncio.Event]:
-        """An event that is set whenever the job may have changed; at first once the subscription stands."""
+    async def of(self, job_id: str, *, end_only: bool = False) -> AsyncIterator[asyncio.Event]:
+        """An event that is set whenever the job may have changed; at first once the subscription stands.
+
+        end_only: not set by a change that is not the job's end.
+        """
         channel, event = events_channel(job_id), asyncio.Event()
         first = channel not in self._waiting
-        self._waiting.setdefault(channel, set()).add(event)
+        self._waiting.setdefault(channel, {})[event] = end_only
         try:
             if first:
                 await self._send("SUBSCRIBE", channel)
@@ -49,7 +53,7 @@ class JobSignals:
                 event.set()
             yield event
         finally:
-            self._waiting[channel].discard(event)
+            del self._waiting[channel][event]
             if not self._waiting[channel]:
                 del self._waiting[channel]
                 await self._send("UNSUBSCRIBE", channel)
@@ -80,9 +84,11 @@ class JobSignals:
             self._connection = connection
             await self._send("SUBSCRIBE", _IDLE_CHANNEL, *self._waiting)
             while True:
-                message = await connection.read_response(timeout=math.inf, push_request=True)
-                for event in self._waiting.get(message[1], ()):
-                    event.set()
+                kind, channel, content = await connection.read_response(timeout=math.inf, push_request=True)
+                goes_on = kind == "message" and _goes_on(content)
+                for event, end_only in self._waiting.get(channel, {}).items():
+                    if not (goes_on and end_only):
+                        event.set()
         finally:
             self._connection = None
             await connection.disconnect(nowait=True)
@@ -98,3 +104,11 @@ class JobSignals:
             logger.warning(
                 "subscription lost while sending"
             )  # the reader finds out by itself and starts again
+
+
+def _goes_on(message: str) -> bool:
+    """Whether the job has not ended; what a later version's worker may say is looked into."""
+    try:
+        return not JobEvent.model_validate_json(message).state.terminal
+    except ValidationError:
+        return False

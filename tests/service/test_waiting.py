@@ -82,6 +82,24 @@ async def test_two_may_wait_for_one_job(broker_url: str) -> None:
             await asyncio.wait_for(first.wait(), 10)
 
 
+async def test_who_waits_for_the_end_sleeps_through_the_rest(broker_url: str) -> None:
+    """Text and other states wake those who follow the job; an end, or words of a later version, wake both."""
+    async with Redis.from_url(broker_url, decode_responses=True) as redis:
+        signals, channel = JobSignals(redis), events_channel("job_1")
+        async with (
+            signals.reading(),
+            signals.of("job_1") as follower,
+            signals.of("job_1", end_only=True) as waiter,
+        ):
+            for state in (*JobState, "resting"):
+                await asyncio.wait_for(follower.wait(), 10)
+                follower.clear()
+                waiter.clear()
+                await redis.publish(channel, f'{{"state": "{state}", "at": 0}}')
+                await asyncio.wait_for(follower.wait(), 10)
+                assert waiter.is_set() == (state not in (JobState.QUEUED, JobState.RUNNING))
+
+
 async def test_a_waiter_outlasts_a_cut_connection(
     client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis
 ) -> None:
