@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +15,10 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
 )
@@ -21,83 +27,165 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from benchmarks import published
 from benchmarks.published import VICUNA_7B, VICUNA_13B
 from prismprune import PrunedVLM
-from prismprune.families.llava import LlavaFamily
+from prismprune.families import FAMILIES
 from prismprune.loading import Loaded
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 PACKED_BYTES: int = WorkerSettings.model_fields["packed_weights_bytes"].default
 """So that the library in a benchmark's process multiplies as the service's worker does."""
+STEP_GRAPH_BYTES: int = WorkerSettings.model_fields["step_graph_bytes"].default
+"""And decodes as it does."""
 SIDE, PATCH = 336, 14
 IMAGE_TOKEN_ID = 2
-LANGUAGE_MODELS = {"llava-1.5-7b": VICUNA_7B, "llava-1.5-13b": VICUNA_13B}
-LAYERS = {name: LlamaConfig(**shape).num_hidden_layers for name, shape in LANGUAGE_MODELS.items()}
-"""Of the whole models."""
 
 
-def word_processor() -> LlavaProcessor:
-    """A processor of 336 x 336 pictures for a tower with a CLS token, whose tokenizer knows no word."""
+@dataclass(frozen=True)
+class Geometry:
+    """A published model's shape. crops: views of a picture of 640 x 480, packed as in the paper."""
+
+    text: dict[str, Any]
+    crops: int = 1
+
+    @property
+    def layers(self) -> int:
+        """Of the language model."""
+        return LlamaConfig(**self.text).num_hidden_layers
+
+
+GEOMETRIES = {
+    "llava-1.5-7b": Geometry(VICUNA_7B),
+    "llava-1.5-13b": Geometry(VICUNA_13B),
+    "llava-1.6-7b": Geometry(VICUNA_7B, crops=5),
+    "llava-1.6-13b": Geometry(VICUNA_13B, crops=5),
+}
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """It knows no word."""
     vocabulary = {token: place for place, token in enumerate(["<pad>", "<end>", "<image>", "<unk>"])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 (a word)
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token="<pad>",  # noqa: S106
         eos_token="<end>",  # noqa: S106
         unk_token="<unk>",  # noqa: S106
         additional_special_tokens=["<image>"],
     )
+
+
+def word_processor() -> LlavaProcessor:
+    """A processor of 336 x 336 pictures for a tower with a CLS token, whose tokenizer knows no word."""
     square = {"height": SIDE, "width": SIDE}
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False),
-        tokenizer=tokenizer,
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template="{% for part in messages[0]['content'] %}"
-        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}",
+    pixels = CLIPImageProcessor(size=square, crop_size=square, do_center_crop=False)
+    return LlavaProcessor(image_processor=pixels, **_processing())
+
+
+def word_processor_of_crops() -> LlavaNextProcessor:
+    """The same of pictures in crops of that size, LLaVA-NeXT's own."""
+    shapes = [[SIDE * rows, SIDE * columns] for rows, columns in ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))]
+    pixels = LlavaNextImageProcessor(
+        size={"shortest_edge": SIDE},
+        crop_size={"height": SIDE, "width": SIDE},
+        image_grid_pinpoints=shapes,
     )
+    return LlavaNextProcessor(image_processor=pixels, **_processing())
 
 
-def llava(name: str, layers: int, *, nf4: bool) -> PrunedVLM:
-    """LLaVA-1.5's geometry, tower and projector whole, the language model with so many of its layers.
+def _processing() -> dict[str, Any]:
+    return {
+        "tokenizer": word_tokenizer(),
+        "patch_size": PATCH,
+        "vision_feature_select_strategy": "default",
+        "num_additional_image_tokens": 1,
+        "chat_template": "{% for part in messages[0]['content'] %}"
+        "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}",
+    }
 
-    Weights are random, in float32; of the language model's layers in NF4 where asked for. They are made one
-    layer after the other, so that no more than one is ever held unquantized.
+
+def random_llava(
+    name: str,
+    layers: int,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    step_graph_bytes: int = 0,
+) -> PrunedVLM:
+    """One of `GEOMETRIES`, tower and projector whole, the language model with so many of its layers.
+
+    Weights are random; the language model's layers are quantized where asked for. They are made one layer
+    after the other, so that no more than one is ever held unquantized.
     """
-    shape = LANGUAGE_MODELS[name] | {"num_hidden_layers": 1}
-    config = published.llava(LlavaConfig, published.clip_l(SIDE), shape, image_token_index=IMAGE_TOKEN_ID)
+    geometry = GEOMETRIES[name]
+    shape = geometry.text | {"num_hidden_layers": 1}
+    tower, token = published.clip_l(SIDE), {"image_token_index": IMAGE_TOKEN_ID}
     torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(config).eval()
-    finish: Callable[[nn.Module], nn.Module] = quantized if nf4 else nn.Module.eval
-    stack, own = model.model.language_model.layers, model.config.text_config
-    stack[0] = finish(stack[0])
-    for place in range(1, layers):
-        stack.append(finish(LlamaDecoderLayer(own, place).eval()))
+    with device, _numbers(dtype):
+        model: Any
+        if geometry.crops == 1:
+            model = LlavaForConditionalGeneration(published.llava(LlavaConfig, tower, shape, **token))
+        else:
+            model = LlavaNextForConditionalGeneration(published.llava(LlavaNextConfig, tower, shape, **token))
+        finish = _finishing(quantization, dtype, device)
+        stack, own = model.model.language_model.layers, model.config.text_config
+        stack[0] = finish(stack[0])
+        for place in range(1, layers):
+            stack.append(finish(LlamaDecoderLayer(own, place)))
     own.num_hidden_layers = layers
     model.generation_config = GenerationConfig(pad_token_id=0)
-    family = LlavaFamily(model.requires_grad_(requires_grad=False), word_processor())
-    return PrunedVLM(Loaded(name, family, frozenset(), None, "nf4" if nf4 else None))
+    model.eval().requires_grad_(requires_grad=False)
+    processor = word_processor() if geometry.crops == 1 else word_processor_of_crops()
+    layout = None if geometry.crops == 1 else "paper"
+    family = FAMILIES[model.config.model_type](model, processor, layout)
+    loaded = Loaded(name, family, frozenset(), None, quantization)
+    return PrunedVLM(loaded, step_graph_bytes=step_graph_bytes)
 
 
-def quantized(layer: nn.Module) -> nn.Module:
-    """Its linear layers in NF4 with double quantization, as the library loads them, computing in float32."""
-    for parent in list(layer.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(parent, name, _quantized(child))
-    return layer
+@contextmanager
+def _numbers(dtype: torch.dtype) -> Iterator[None]:
+    """New tensors are in this format."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
-def _quantized(linear: nn.Linear) -> nn.Module:
+def _finishing(
+    quantization: str | None, dtype: torch.dtype, device: torch.device
+) -> Callable[[nn.Module], nn.Module]:
+    """What becomes of a layer: its linear ones in int8 or NF4, as the library loads them, or just itself."""
+    if quantization is None:
+        return nn.Module.eval
+
+    def quantized(layer: nn.Module) -> nn.Module:
+        for parent in list(layer.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(parent, name, make(child))
+        return layer.eval()
+
+    def make(linear: nn.Linear) -> nn.Module:
+        weight, shape = linear.weight.detach().cpu(), (linear.in_features, linear.out_features)
+        made: Any
+        if quantization == "int8":
+            made = layers.Linear8bitLt(
+                *shape, bias=False, has_fp16_weights=False, threshold=6.0, device="meta"
+            )
+            made.weight = layers.Int8Params(weight, requires_grad=False, has_fp16_weights=False)
+        else:
+            kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
+            made = layers.Linear4bit(*shape, bias=False, compute_dtype=dtype, device="meta", **kind)
+            made.weight = layers.Params4bit(weight, requires_grad=False, **kind)
+        moved: nn.Module = made.to(device)  # which quantizes
+        return moved
+
     from bitsandbytes import nn as quantizing  # noqa: PLC0415 (an extra)
 
-    kind: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True}
     layers: Any = quantizing  # which has no types
-    shape = linear.in_features, linear.out_features
-    made = layers.Linear4bit(*shape, bias=False, compute_dtype=torch.float32, device="meta", **kind)
-    made.weight = layers.Params4bit(linear.weight.detach(), requires_grad=False, **kind)
-    moved: nn.Module = made.to("cpu")  # which quantizes
-    return moved
+    return quantized

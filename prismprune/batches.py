@@ -114,7 +114,7 @@ def roomy_cache(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Cache:
     return cache
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True)
 class Batch:
     """Rows that decode together.
 

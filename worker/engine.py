@@ -64,6 +64,9 @@ class Session(Protocol):
     def answers(self, request: Any) -> list[Answer]:
         """Of a request that is done."""
 
+    def make_room(self) -> bool:
+        """Drops what takes memory only to be faster; False if there was none of it."""
+
 
 class Model(Protocol):
     """What the engine asks of `prismprune.PrunedVLM`."""
@@ -397,12 +400,9 @@ class Engine(Generic[M]):
             return False
         ticket.had_room = True
         self._finish_encoding()
-        cached = self._cache is not None and self._cache.bytes > 0
         crowded = bool(self._working)
         self._finish()
-        if self._cache is not None:
-            self._cache.clear()
-        return crowded or cached
+        return self._session.make_room() or crowded
 
     def _finish_encoding(self) -> None:
         """Waits for the encoder: the engine's thread must not encode beside it, nor call memory short."""

@@ -193,6 +193,7 @@ class WorkerProcess:
             quantization=settings.quantized,
             layout=settings.layout,
             packed_bytes=settings.packed_weights_bytes,
+            step_graph_bytes=settings.step_graph_bytes,
             progress=_Progress(),
         )
         _watch_layers(model.model, self._engine.progress)

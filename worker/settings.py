@@ -37,6 +37,9 @@ class WorkerSettings(BaseSettings):
     """Memory for copies of weights in the order of the CPU's kernels, which make products faster: as many
     layers as it holds; 0: none. Of float32, and of bfloat16 on CPUs that have AVX512-BF16 or AMX; on other
     devices and in other number formats nothing is copied."""
+    step_graph_bytes: Annotated[int, Field(ge=0)] = 4 * 2**30
+    """On CUDA: memory for keys and values of a batch whose decoding steps are replayed from a recording. A
+    batch that needs more takes plain steps, as all do with 0, and with int8."""
     layout: str | None = None
     """How LLaVA-NeXT packs crops: `native`, or `paper`, without newlines."""
     default_token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] | Literal["all"] = 64

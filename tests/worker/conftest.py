@@ -65,8 +65,7 @@ class Scripted:
         self.on_encode: Callable[[VisualRequest], None] = lambda _: None
 
     def session(self, cache: EncodingCache | None = None) -> ScriptedSession:
-        del cache  # media are not looked at
-        return ScriptedSession(self)
+        return ScriptedSession(self, cache)
 
 
 @dataclass(eq=False)
@@ -86,8 +85,9 @@ class ScriptedRequest:
 class ScriptedSession:
     """Says the words of each question in the first step and ends it in the second."""
 
-    def __init__(self, script: Scripted) -> None:
+    def __init__(self, script: Scripted, cache: EncodingCache | None) -> None:
         self._script = script
+        self._cache = cache
         self.pending: list[ScriptedRequest] = []
 
     @property
@@ -142,6 +142,12 @@ class ScriptedSession:
             time.sleep(0.001)
             return one.canceled
         return True
+
+    def make_room(self) -> bool:
+        kept = self._cache is not None and self._cache.bytes > 0
+        if self._cache is not None:
+            self._cache.clear()
+        return kept
 
     @staticmethod
     def answers(one: ScriptedRequest) -> list[Answer]:

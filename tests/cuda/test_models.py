@@ -1,0 +1,107 @@
+"""Loading, precision, `prune` and the engine on the device itself."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+import prismprune
+from prismprune import GenerationOptions, TokenBudget, VisualRequest
+from tests.prismprune.families import CASES, CHECKPOINTS, MEDIA, Transformers, still
+from worker.engine import Engine, Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from tests.cuda.conftest import Load
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4", None])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_family_answers_at_every_precision(load: Load, name: str, quantization: str | None) -> None:
+    """The kept tokens of 16 bits, whatever the language model is stored in: the tower is not quantized."""
+    full = load(name, dtype="bfloat16")
+    vlm = load(name, dtype="bfloat16", quantization=quantization)
+    for media in MEDIA[name].values():
+        answer, expected = (each.answer(list(media), "What?", 9, max_new_tokens=4) for each in (vlm, full))
+        assert answer.visual_tokens.kept == 9
+        assert answer.token_map == expected.token_map
+        assert answer.memory.device == "cuda:0"
+        assert answer.memory.peak_bytes > 0
+        assert answer.timings.prefill_ms > 0
+
+
+@pytest.mark.parametrize(("name", "media"), CASES)
+def test_prune_on_cuda_says_what_it_says_on_a_cpu(
+    checkpoints: Callable[[str], Path], name: str, media: str
+) -> None:
+    """A model in a user's own hands, in float32."""
+    user = Transformers(checkpoints(name))
+    inputs = user.inputs(MEDIA[name][media], "What is it?")
+    with prismprune.prune(user.model, 9):
+        expected = user.answer(inputs, 8)
+    user.model.cuda()
+    on_cuda = {key: value.cuda() if hasattr(value, "cuda") else value for key, value in inputs.items()}
+    with prismprune.prune(user.model, 9):
+        assert user.answer(on_cuda, 8) == expected
+
+
+def test_media_are_encoded_beside_the_answers_of_others(load: Load) -> None:
+    """In a stream of their own, while steps are recorded and replayed: answers as one by one."""
+    vlm = load("llava", step_graph_bytes=2**29)
+    asked = [
+        VisualRequest(
+            (still(size, number),),
+            ("What?",),
+            TokenBudget(9),
+            generation=GenerationOptions(max_new_tokens=60),
+        )
+        for number, size in enumerate(("wide", "tall", "square", "panorama", "large") * 4)
+    ]
+    alone = [vlm.answer_batch([one])[0][0].token_ids for one in asked]
+    failures: list[BaseException] = []
+    engine: Any = Engine(
+        lambda: vlm,
+        limits=Limits(max_batch=6, max_tokens=10**6, max_wait_s=0),
+        overlap=lambda _: True,
+        on_batch=lambda _: None,
+        on_death=failures.append,
+    )
+    with engine:
+        tickets = []
+        for one in asked:
+            tickets.append(engine.submit(one, time.monotonic() + 120))
+            time.sleep(0.01)
+        answers = [ticket.answered().answers[0].token_ids for ticket in tickets]
+    assert answers == alone
+    assert not failures
+
+
+def test_a_request_that_does_not_fit_is_told_so_and_others_are_answered(load: Load) -> None:
+    """Memory that is really short: the allocator's own error ends in the request's, not in the engine's."""
+    vlm = load("llava")
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(max(0, free - 2**28), dtype=torch.uint8, device="cuda")
+    failures: list[BaseException] = []
+    engine: Any = Engine(
+        lambda: vlm,
+        limits=Limits(max_batch=4, max_tokens=10**6, max_wait_s=0),
+        on_batch=lambda _: None,
+        on_death=failures.append,
+    )
+    small = VisualRequest((still("wide"),), ("What?",), TokenBudget(9))
+    large = VisualRequest(tuple(still("wide", seed) for seed in range(3000)), ("What?",), TokenBudget.all())
+    with engine:
+        too_large = engine.submit(large, time.monotonic() + 120)
+        with pytest.raises(prismprune.PrismError, match="does not fit"):
+            too_large.answered()
+        assert engine.submit(small, time.monotonic() + 120).answered().answers[0].token_ids
+    del held
+    assert not failures
