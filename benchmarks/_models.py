@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 PACKED_BYTES: int = WorkerSettings.model_fields["packed_weights_bytes"].default
 """So that the library in a benchmark's process multiplies as the service's worker does."""
-STEP_GRAPH_BYTES: int = WorkerSettings.model_fields["step_graph_bytes"].default
+CUDA_GRAPH_BYTES: int = WorkerSettings.model_fields["cuda_graph_bytes"].default
 """And decodes as it does."""
 SIDE, PATCH = 336, 14
 IMAGE_TOKEN_ID = 2
@@ -113,7 +113,7 @@ def random_llava(
     device: torch.device,
     dtype: torch.dtype,
     quantization: str | None = None,
-    step_graph_bytes: int = 0,
+    cuda_graph_bytes: int = 0,
 ) -> PrunedVLM:
     """One of `GEOMETRIES`, tower and projector whole, the language model with so many of its layers.
 
@@ -142,7 +142,7 @@ def random_llava(
     layout = None if geometry.crops == 1 else "paper"
     family = FAMILIES[model.config.model_type](model, processor, layout)
     loaded = Loaded(name, family, frozenset(), None, quantization)
-    return PrunedVLM(loaded, step_graph_bytes=step_graph_bytes)
+    return PrunedVLM(loaded, cuda_graph_bytes=cuda_graph_bytes)
 
 
 @contextmanager

@@ -36,7 +36,7 @@ from benchmarks._measure import (
     ratios,
     reset_peak,
 )
-from benchmarks._models import GEOMETRIES, STEP_GRAPH_BYTES, random_llava
+from benchmarks._models import CUDA_GRAPH_BYTES, GEOMETRIES, random_llava
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.loading import torch_dtype
 from prismprune.meters import memory_bytes
@@ -130,7 +130,7 @@ def main() -> None:
         device=device,
         dtype=torch_dtype(asked.dtype or ("float32" if device.type == "cpu" else "bfloat16")),
         quantization=asked.quantization,
-        step_graph_bytes=STEP_GRAPH_BYTES,
+        cuda_graph_bytes=CUDA_GRAPH_BYTES,
     )
     resident = vlm.memory_bytes() // MIB
     budgets, clock = [ALL, *asked.budgets.split(",")], clock_of(device, asked.clock)

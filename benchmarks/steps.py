@@ -76,7 +76,7 @@ def main() -> None:
         quantization=asked.quantization,
     )
     plain = model()
-    replayed = PrunedVLM(plain._loaded, step_graph_bytes=ENOUGH)  # noqa: SLF001 (one model serves both)
+    replayed = PrunedVLM(plain._loaded, cuda_graph_bytes=ENOUGH)  # noqa: SLF001 (one model serves both)
     settings = list(product(asked.budgets.split(","), map(int, asked.rows.split(","))))
     sides = {
         (way, setting): Decoding(vlm, setting, asked.tokens)

@@ -64,6 +64,12 @@ class BlockReading:
     query: Tensor = field(init=False)
     keys: Tensor = field(init=False)
 
+    def copied(self) -> BlockReading:
+        """The same in tensors of its own."""
+        copy = BlockReading(self.heads, self.scale)
+        copy.hidden, copy.query, copy.keys = self.hidden.clone(), self.query.clone(), self.keys.clone()
+        return copy
+
     def cls_attention(self) -> Tensor:
         """Attention of the CLS query to each patch: [B, H, N], float32."""
         return cls_attention(self._by_head(self.query), self._by_head(self.keys), self.scale)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from prismprune.caching import ByteCache
     from prismprune.families.base import Visual
     from prismprune.generation import Generated, GenerationOptions, Prompt
-    from prismprune.step_graphs import StepGraphs
+    from prismprune.replay import Replay
 
 TokenEvent = tuple[Row, str]
 """A row has a new token; the text that is settled by it, often none."""
@@ -42,8 +42,8 @@ class Decoder:
     """Generates with one model.
 
     end_ids: tokens that end an answer. placeholder_ids: tokens that stand for visual ones. visual_inputs: the
-    visuals of a batch, row by row, to arguments of the model's `forward`. graphs: recorded decoding steps, of
-    a model on CUDA.
+    visuals of a batch, row by row, to arguments of the model's `forward`. replay: recorded work of a
+    model on CUDA.
     """
 
     model: Any
@@ -51,17 +51,29 @@ class Decoder:
     end_ids: frozenset[int]
     placeholder_ids: frozenset[int]
     visual_inputs: Callable[[Sequence[Visual]], dict[str, Any]]
-    graphs: StepGraphs | None = None
+    replay: Replay | None = None
 
     def step(self, batch: Batch, tokens: list[int]) -> Tensor:
         """Feed one token a row; logits [B, vocabulary] of the next, good until the next step."""
-        logits = None if self.graphs is None else self.graphs.step(batch, tokens)
+        logits = None if self.replay is None else self.replay.step(batch, tokens)
         return batch.step(self.model, tokens) if logits is None else logits
+
+    def extend(
+        self, batch: Batch, ids: Tensor, mask: Tensor, positions: Tensor, visual_inputs: dict[str, Any]
+    ) -> Tensor:
+        """As `Batch.extend`."""
+        if self.replay is None:
+            return batch.extend(self.model, ids, mask, positions, **visual_inputs)
+        logits = self.replay.extend(batch, ids, mask, positions, visual_inputs)
+        if logits is None:
+            logits = batch.extend(self.model, ids, mask, positions, **visual_inputs)
+            self.replay.prompts.learn(batch)
+        return logits
 
     def release(self, batch: Batch) -> None:
         """Before anything but a step: a batch's keys and values may be where the next step writes."""
-        if self.graphs is not None:
-            self.graphs.release(batch)
+        if self.replay is not None:
+            self.replay.release(batch)
 
     def prefix_length(self, prompt: Prompt) -> int:
         """Tokens up to the last visual one: every question about the same media begins with them.
@@ -309,12 +321,12 @@ def _extended(
         batch = Batch(roomy_cache(), empty, following, axes)
     shown = [] if any(starts) else [visual for prompt in prompts for visual in prompt.visuals]
     visual_inputs = decoder.visual_inputs(shown) if shown else {}
-    logits = batch.extend(
-        decoder.model,
+    logits = decoder.extend(
+        batch,
         torch.stack(ids).to(device),
         torch.stack(mask).to(device),
         torch.stack(positions, dim=-2).to(device),
-        **visual_inputs,
+        visual_inputs,
     )
     return batch, logits
 

@@ -229,7 +229,7 @@ class Session:
 
     def make_room(self) -> bool:
         """Drop what takes memory only to be faster; False if there was none of it."""
-        kept = [each for each in (self._cache, self._decoder.graphs) if each is not None and each.bytes]
+        kept = [each for each in (self._cache, self._decoder.replay) if each is not None and each.bytes]
         for each in kept:
             each.clear()
         return bool(kept)

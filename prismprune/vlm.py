@@ -17,9 +17,9 @@ from prismprune.generation import GenerationOptions
 from prismprune.loading import load_checkpoint
 from prismprune.media import Clip, Picture, as_picture, open_media
 from prismprune.meters import memory_bytes
+from prismprune.replay import replay_of, tower_replay_of
 from prismprune.results import Answer
 from prismprune.session import Asked, Session, VisualRequest
-from prismprune.step_graphs import step_graphs
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +52,7 @@ class PrunedVLM:
     One thread at a time may answer.
     """
 
-    def __init__(self, loaded: Loaded, *, step_graph_bytes: int = 0) -> None:
+    def __init__(self, loaded: Loaded, *, cuda_graph_bytes: int = 0) -> None:
         self._loaded = loaded
         self._family = loaded.family
         self._decoder = Decoder(
@@ -61,8 +61,9 @@ class PrunedVLM:
             end_ids=loaded.end_ids,
             placeholder_ids=frozenset(loaded.family.placeholder_ids.values()),
             visual_inputs=loaded.family.visual_inputs,
-            graphs=step_graphs(loaded.family.model, loaded.quantization, step_graph_bytes),
+            replay=replay_of(loaded.family.model, loaded.quantization, cuda_graph_bytes),
         )
+        self._family.tower_replay = tower_replay_of(loaded.family.model, cuda_graph_bytes)
 
     @classmethod
     def from_pretrained(
@@ -75,13 +76,13 @@ class PrunedVLM:
         quantization: str | Quantization | None = None,
         layout: str | None = None,
         packed_bytes: int = 0,
-        step_graph_bytes: int = 0,
+        cuda_graph_bytes: int = 0,
         progress: Progress | None = None,
     ) -> PrunedVLM:
         """Load `"prism-demo"`, a checkpoint directory or a hub id; see `loading.load_checkpoint`.
 
-        step_graph_bytes: how much keys and values may take for decoding steps that CUDA replays (see
-        `step_graphs`); a batch that needs more, and other devices, take plain steps.
+        cuda_graph_bytes: how much keys and values may take in the places that recorded work of CUDA is tied
+        to (see `replay`); 0: nothing is recorded, as on other devices.
         """
         return cls(
             load_checkpoint(
@@ -94,7 +95,7 @@ class PrunedVLM:
                 packed_bytes=packed_bytes,
                 progress=progress,
             ),
-            step_graph_bytes=step_graph_bytes,
+            cuda_graph_bytes=cuda_graph_bytes,
         )
 
     @property

@@ -193,13 +193,14 @@ class WorkerProcess:
             quantization=settings.quantized,
             layout=settings.layout,
             packed_bytes=settings.packed_weights_bytes,
-            step_graph_bytes=settings.step_graph_bytes,
+            cuda_graph_bytes=settings.cuda_graph_bytes,
             progress=_Progress(),
         )
         _watch_layers(model.model, self._engine.progress)
-        # The first pass allocates and compiles what later ones find ready.
+        # The first pass allocates and compiles what later ones find ready; on CUDA the second one records.
         picture = Image.new("RGB", (64, 64))
-        model.answer(picture, "What is this?", settings.default_token_budget, max_new_tokens=2)
+        for _ in range(2 if model.device.type == "cuda" else 1):
+            model.answer(picture, "What is this?", settings.default_token_budget, max_new_tokens=2)
         return model
 
     def _overlaps(self, model: PrunedVLM) -> bool:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from prismprune.media import Clip, Picture
+    from prismprune.replay import TowerReplay
 
 
 UNSEEN = Image.new("RGB", (1, 1))
@@ -203,6 +204,8 @@ class Family(ABC):
         self.model = model
         self.processor: Any = processor
         self.layout = self.chosen_layout(layout)
+        self.tower_replay: TowerReplay | None = None
+        """Recorded readings of the tower, where they are wanted and the family can use them."""
         if processor is not None and getattr(processor, "chat_template", None) is None:
             raise UnknownModelError(
                 "The checkpoint has no chat template, so no prompt can be written for it."

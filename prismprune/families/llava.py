@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -187,7 +187,7 @@ class LlavaFamily(Family):
     def read(self, pixels: Pixels) -> Reading:
         tower, prefix = self._tower(pixels.modality), self._prefix(pixels.modality)
         views = VIEWS_PER_CPU_PASS if pixels.values.device.type == "cpu" else VIEWS_PER_PASS
-        readings = [self._read_block(tower, values) for values in torch.split(pixels.values, views)]
+        readings = [self._reading(tower, values) for values in torch.split(pixels.values, views)]
         hidden = torch.cat([reading.hidden for reading in readings])
         return Reading(
             tokens=hidden[:, 1 - prefix :],
@@ -195,6 +195,11 @@ class LlavaFamily(Family):
             attention=lambda: torch.cat([reading.cls_attention() for reading in readings]),
             keys=lambda: torch.cat([_patch_keys(reading) for reading in readings]),
         )
+
+    def _reading(self, tower: Any, values: Tensor) -> BlockReading:
+        if self.tower_replay is None:
+            return self._read_block(tower, values)
+        return self.tower_replay.read(tower, values, partial(self._read_block, tower))
 
     def _read_block(self, tower: Any, values: Tensor) -> BlockReading:
         blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer

@@ -54,7 +54,7 @@ def test_prune_on_cuda_says_what_it_says_on_a_cpu(
 
 def test_media_are_encoded_beside_the_answers_of_others(load: Load) -> None:
     """In a stream of their own, while steps are recorded and replayed: answers as one by one."""
-    vlm = load("llava", step_graph_bytes=2**29)
+    vlm = load("llava", cuda_graph_bytes=2**29)
     asked = [
         VisualRequest(
             (still(size, number),),
