@@ -162,7 +162,7 @@ def main() -> None:
             sides[name] = Pruned(vlm, budget, clients, asked.waves, asked.tokens)
         measured = in_turns(sides, asked.rounds)
         rows += [row(clients, name, measured[name], measured[BASELINE]) for name in sides]
-    facts = {"of_layers": geometry.layers}
+    facts: dict[str, Any] = {"of_layers": geometry.layers}
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
     publish(asked, {"rows": rows}, table(rows), partial(plot, rows), **facts)

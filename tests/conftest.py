@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import hypothesis
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
 
 hypothesis.settings.register_profile("untimed", deadline=None)  # how busy the machine is, is no failure
 hypothesis.settings.load_profile("untimed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests run on the CPU of any machine, also in processes of their own; `-m gpu` is for CUDA."""
+    if "gpu" not in config.option.markexpr.replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

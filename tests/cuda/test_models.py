@@ -38,6 +38,19 @@ def test_every_family_answers_at_every_precision(load: Load, name: str, quantiza
 
 
 @pytest.mark.parametrize(("name", "media"), CASES)
+def test_a_family_keeps_and_says_what_it_does_on_a_cpu(load: Load, name: str, media: str) -> None:
+    """In float32: the same tokens stay, unpruned and pruned, of every kind of media."""
+    on_cpu, on_cuda = load(name, device="cpu"), load(name)
+    for budget in (None, 11):
+        expected, answer = (
+            vlm.answer(list(MEDIA[name][media]), "What is it?", budget, max_new_tokens=10)
+            for vlm in (on_cpu, on_cuda)
+        )
+        assert answer.token_map == expected.token_map
+        assert answer.token_ids == expected.token_ids
+
+
+@pytest.mark.parametrize(("name", "media"), CASES)
 def test_prune_on_cuda_says_what_it_says_on_a_cpu(
     checkpoints: Callable[[str], Path], name: str, media: str
 ) -> None:
@@ -84,11 +97,10 @@ def test_media_are_encoded_beside_the_answers_of_others(load: Load) -> None:
 
 
 def test_a_request_that_does_not_fit_is_told_so_and_others_are_answered(load: Load) -> None:
-    """Memory that is really short: the allocator's own error ends in the request's, not in the engine's."""
+    """The allocator's own error ends in the request's, not in the engine's."""
     vlm = load("llava")
     torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info()
-    held = torch.empty(max(0, free - 2**28), dtype=torch.uint8, device="cuda")
+    _, whole = torch.cuda.mem_get_info()
     failures: list[BaseException] = []
     engine: Any = Engine(
         lambda: vlm,
@@ -98,10 +110,13 @@ def test_a_request_that_does_not_fit_is_told_so_and_others_are_answered(load: Lo
     )
     small = VisualRequest((still("wide"),), ("What?",), TokenBudget(9))
     large = VisualRequest(tuple(still("wide", seed) for seed in range(3000)), ("What?",), TokenBudget.all())
-    with engine:
-        too_large = engine.submit(large, time.monotonic() + 120)
-        with pytest.raises(prismprune.PrismError, match="does not fit"):
-            too_large.answered()
-        assert engine.submit(small, time.monotonic() + 120).answered().answers[0].token_ids
-    del held
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**28) / whole)
+    try:
+        with engine:
+            too_large = engine.submit(large, time.monotonic() + 120)
+            with pytest.raises(prismprune.PrismError, match="does not fit"):
+                too_large.answered()
+            assert engine.submit(small, time.monotonic() + 120).answered().answers[0].token_ids
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
     assert not failures

@@ -255,16 +255,3 @@ def test_a_family_is_found_by_its_config(pairs: dict[str, Pair], name: str) -> N
     """`model_type` names the adapter."""
     model_type = pairs[name].vlm.model.config.model_type
     assert FAMILIES[model_type].name == pairs[name].vlm.family == model_type == name.partition("-")[0]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", CHECKPOINTS)
-def test_a_family_on_cuda_keeps_and_says_what_it_does_on_a_cpu(pairs: dict[str, Pair], name: str) -> None:
-    """In float32: the same tokens stay, unpruned and pruned, of every kind of media."""
-    on_cpu = pairs[name].vlm
-    on_cuda = PrunedVLM.from_pretrained(on_cpu.name, device="cuda", dtype="float32")
-    for media in MEDIA[name].values():
-        for budget in (None, 11):
-            expected, answer = (asked(vlm, media, budget)[0] for vlm in (on_cpu, on_cuda))
-            assert answer.token_map == expected.token_map
-            assert answer.token_ids == expected.token_ids
