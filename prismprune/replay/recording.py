@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LATER = 1000
-"""What memory was too short for is tried again once it was wanted so many times more."""
+"""What memory was too short for, or what was dropped, is recorded once it was wanted so many times more."""
 
 Record = Callable[[Callable[[], None], Any], Callable[[], None]]
 """Makes of a function, which it may call, one that does the same on the same tensors; given a memory pool."""
@@ -94,7 +94,8 @@ class Recordings(Generic[K, R]):
             return None
         self._made[size] = made
         if len(self._made) > self._most:
-            self._made.popitem(last=False)
+            dropped, _ = self._made.popitem(last=False)
+            self._wanted[dropped] = -LATER  # many sizes in turns would be recorded for ever
         return made
 
     def clear(self) -> None:
