@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -57,6 +58,7 @@ class _Prompts(Pass):
         self.columns.copy_(places[size.known :])
         self._before = places <= self.columns[:, None]  # [q, C]
         self._itself = places == self.columns[:, None]  # padding, too, has to see something
+        self.mask.copy_(self._itself)  # and what is seen while recording: what comes of nothing is no number
 
     def fill(self, batch: Batch, embeds: Tensor, mask: Tensor, positions: Tensor) -> None:
         """What `Batch.extend` is given, and the batch's keys and values so far."""
@@ -107,8 +109,7 @@ class PromptReplay:
         size = PromptSize.of(rows, batch.mask.shape[1], length)
         if self._arena is None or size.rows * size.columns > self._arena.tokens:
             return None
-        arena = self._arena
-        make = lambda: _Prompts(self._model, arena, size, batch.axes)  # noqa: E731
+        make = partial(_Prompts, self._model, self._arena, size, batch.axes)
         if (prompts := self.recordings.find(size, make)) is None:
             if not self.recordings.usable:
                 self.clear()

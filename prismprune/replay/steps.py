@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -141,7 +142,7 @@ class StepReplay:
         self._evict()  # it has outgrown its columns
         if size.tokens * batch.token_bytes > self.max_bytes:
             return None
-        if (step := self.recordings.find(size, lambda: self._prepared(batch, size))) is None:
+        if (step := self.recordings.find(size, partial(self._prepared, batch, size))) is None:
             if not self.recordings.usable:
                 self.clear()
             return None

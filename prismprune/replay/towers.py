@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prismprune.attention import BlockReading
@@ -43,7 +44,7 @@ class TowerReplay:
         if len(values) > MOST_VIEWS:
             return read(values)
         # One encoding at a time reads, and it has ended before the next begins, in whichever stream that is.
-        known = self.recordings.find((id(tower), values.shape), lambda: _Tower(read, values))
+        known = self.recordings.find((id(tower), values.shape), partial(_Tower, read, values))
         if known is None:
             return read(values)
         known.values.copy_(values)
