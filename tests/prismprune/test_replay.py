@@ -112,6 +112,24 @@ def test_requests_that_join_and_leave_are_answered_as_alone(vlm: PrunedVLM) -> N
     assert recordings[1] == recordings[2]  # the first time the room grew, and began anew
 
 
+def test_every_token_sees_something_while_it_is_recorded(vlm: PrunedVLM) -> None:
+    """What comes of nothing need not be a number, and would lie where others' keys and values come to."""
+    seen: list[bool] = []
+
+    def watched(run: Any, pool: Any) -> Callable[[], None]:
+        replay = called(run, pool)
+        seen.append(bool(run.__self__.mask.any(3).all()))
+        return replay
+
+    replay = Replay(vlm.model, ENOUGH, watched)
+    for _ in range(2):
+        session = replaying(vlm, replay)
+        session.admit([asked(vlm, "wide", "What?", "Why is it like that?", "Who?")])
+        finish(session)
+    assert len(replay.prompts.recordings) > 0
+    assert seen == [True] * len(seen)
+
+
 def test_sessions_in_turns_do_not_disturb_each_other(vlm: PrunedVLM) -> None:
     """There is one place for keys and values; whoever was there takes them along."""
     replay = Replay(vlm.model, ENOUGH, called)
