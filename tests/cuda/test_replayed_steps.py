@@ -1,4 +1,4 @@
-"""Recorded decoding steps on the device itself."""
+"""Recorded steps, prompts and towers on the device itself."""
 
 from __future__ import annotations
 
@@ -60,6 +60,22 @@ def test_replayed_steps_say_what_plain_ones_do(load: Load, name: str) -> None:
         assert replayed._decoder.replay is None
     else:
         assert replays(replayed).steps.recordings
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_replayed_prompts_and_towers_say_what_plain_ones_do(load: Load, name: str) -> None:
+    """What was seen before is recorded, and what is recorded is replayed: three times the same questions."""
+    plain, replayed = load(name), load(name, cuda_graph_bytes=ENOUGH + 1)
+    asked = requests(name, 6)
+    expected = said(plain, asked)
+    for _ in range(3):
+        assert said(replayed, asked) == expected
+    if replayed._decoder.replay is not None:
+        assert replays(replayed).prompts.recordings
+    towers = replayed._family.tower_replay
+    assert towers is not None
+    if name != "qwen2_5_vl":  # its tower's kernels depend on more than the pixels' shape
+        assert towers.recordings
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])

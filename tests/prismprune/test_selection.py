@@ -23,7 +23,7 @@ from prismprune import (
     select,
     selector,
 )
-from prismprune.selection.fps import FPS_STARTS, FpsStart
+from prismprune.selection.fps import FPS_STARTS, FpsStart, farthest_points
 from tests.present import present
 from tests.prismprune import reference
 
@@ -301,3 +301,16 @@ def test_cuda_selects_what_the_cpu_selects(method: str, dtype: torch.dtype) -> N
     on_cpu = chosen(attention, features, 64, method)
     on_cuda = chosen(attention.cuda(), features.cuda(), 64, method)
     assert torch.equal(on_cpu.indices, on_cuda.indices.cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("start", FPS_STARTS)
+def test_farthest_point_sampling_never_waits_for_the_device(start: FpsStart) -> None:
+    """Torch raises where a step would, on a clip's frames at once."""
+    attention, features = random_scores(8, 16, 576, 64)
+    features, variance = features.cuda(), attention.cuda().var(dim=1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        farthest_points(features, 32, variance=variance, start=start, salient=features[:, :8])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
