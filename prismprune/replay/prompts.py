@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from prismprune.replay.recording import Arena, Pass, Record, Recordings
+from prismprune.replay.recording import Arena, Pass, Record, Recordings, rounded_up
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,8 +40,8 @@ class PromptSize:
 
     @classmethod
     def of(cls, rows: int, known: int, queries: int) -> PromptSize:
-        """With lengths rounded up; not so rows, as each is as much work as the others."""
-        return cls(rows, rounded(known), rounded(queries))
+        """With all of them rounded up: who comes together under load is another number each time."""
+        return cls(rounded_up(rows), rounded(known), rounded(queries))
 
     @property
     def columns(self) -> int:

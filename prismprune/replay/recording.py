@@ -203,3 +203,9 @@ class Pass:
 def power_of_two(number: int) -> int:
     """The least that is at least `number`, which is at least 1."""
     return 1 << (number - 1).bit_length()
+
+
+def rounded_up(number: int) -> int:
+    """To a power of two, or to one and a half times one: by half of it at most."""
+    whole = power_of_two(number)
+    return whole * 3 // 4 if whole >= 4 and number <= whole * 3 // 4 else whole

@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from prismprune.batches import roomy_cache
-from prismprune.replay.recording import Arena, Pass, Record, Recordings, power_of_two
+from prismprune.replay.recording import Arena, Pass, Record, Recordings, power_of_two, rounded_up
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from prismprune.batches import Batch
 
-LEAST_COLUMNS = 256
-"""Columns are this many, or that times a power of two, or one and a half times that: few sizes are recorded,
+LEAST_COLUMNS = 128
+"""Columns are this many, or one and a half times that, or that times two, and so on: few sizes are recorded,
 and attention looks at a third of empty room at most."""
+LEAST_TOKENS = 2048
+"""The arena's, where they may be so many: when it grows, all sizes are recorded anew."""
 MOST_RECORDINGS = 48
 
 
@@ -33,10 +35,8 @@ class StepSize:
     @classmethod
     def of(cls, rows: int, length: int) -> StepSize:
         """The least that holds so many rows, of `length` and one more token."""
-        columns = LEAST_COLUMNS
-        while columns <= length:
-            columns = columns * 3 // 2 if columns & (columns - 1) == 0 else columns * 4 // 3
-        return cls(power_of_two(rows), columns)
+        half = LEAST_COLUMNS // 2
+        return cls(power_of_two(rows), max(LEAST_COLUMNS, rounded_up(length // half + 1) * half))
 
     @property
     def tokens(self) -> int:
@@ -167,7 +167,7 @@ class StepReplay:
             # By powers of two, as a larger one has all sizes recorded anew.
             self.clear()
             most = self.max_bytes // batch.token_bytes
-            arena = self._arena = Arena(batch, min(most, power_of_two(size.tokens)))
+            arena = self._arena = Arena(batch, min(most, max(LEAST_TOKENS, power_of_two(size.tokens))))
         step = _Step(self._model, arena, size, batch.axes)
         step.sit(batch)
         return step
