@@ -4,10 +4,11 @@
     python -m benchmarks.serving --clients 1,2,4,8,16,32 --rates 0.5,1,2 --rounds 5
 
 The sides: this service at several budgets, `transformers serve`, vLLM on the CPU and LitServe around plain
-transformers. All serve one checkpoint (`checkpoint.py`), in one number format, on the same cores, and are asked the
-same questions about the same pictures; every answer has the same number of tokens. Every request of a round
-shows a picture that nobody has asked about before, so that no cache decides anything. The sides take turns
-in every round, in an order that moves on, so that whatever slows the machine down meets all of them.
+transformers. All serve one checkpoint (`checkpoint.py`), in one number format (`--dtype`), on the same cores,
+and are asked the same questions about the same pictures; every answer has the same number of tokens. Every
+request of a round shows a picture that nobody has asked about before, so that no cache decides anything. The
+sides take turns in every round, in an order that moves on, so that whatever slows the machine down meets all
+of them.
 
 What vLLM and LitServe need is installed once, in environments below --cache (vLLM: 6 GB).
 """

@@ -1,5 +1,4 @@
-"""PrismPrune as `make serve` starts it, at its default settings, but that no encoding is kept for later, and in the number
-format that the others have."""
+"""PrismPrune as `make serve` starts it, without its caches, in the others' number format."""
 
 from __future__ import annotations
 
