@@ -21,7 +21,7 @@ MOST_TOKENS = 2048
 """Rows times columns: more keep the device busy for as long as launching takes."""
 MOST_RECORDINGS = 32
 STEPS = ((64, 16), (256, 32), (512, 64), (1024, 128), (MOST_TOKENS, 256))
-"""Up to how many tokens lengths are rounded to a multiple of what: by less than 32 tokens, or than a quarter."""
+"""Up to how many tokens lengths are rounded to a multiple of what: by less than 32, or than a quarter."""
 
 
 def rounded(tokens: int) -> int:
