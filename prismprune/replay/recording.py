@@ -206,6 +206,6 @@ def power_of_two(number: int) -> int:
 
 
 def rounded_up(number: int) -> int:
-    """To a power of two, or to one and a half times one: by half of it at most."""
+    """To a power of two, or to one and a half times one: by half of `number` at most."""
     whole = power_of_two(number)
     return whole * 3 // 4 if whole >= 4 and number <= whole * 3 // 4 else whole

