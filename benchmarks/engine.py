@@ -37,6 +37,7 @@ from benchmarks._measure import (
 )
 from benchmarks._models import CUDA_GRAPH_BYTES, GEOMETRIES, random_llava
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
+from prismprune.heap import keep_freed_memory
 from prismprune.loading import torch_dtype
 from prismprune.quantization import DTYPES, KINDS
 from worker.engine import Engine, Limits
@@ -144,6 +145,7 @@ def pictures(number: int) -> Iterator[Image.Image]:
 
 def main() -> None:
     asked = parsed()
+    keep_freed_memory()  # as the worker does
     torch.set_num_threads(asked.threads)
     device, geometry = torch.device(asked.device), GEOMETRIES[asked.model]
     vlm = random_llava(

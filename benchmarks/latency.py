@@ -45,6 +45,7 @@ from benchmarks._measure import (
 from benchmarks._models import IMAGE_TOKEN_ID, PACKED_BYTES, word_processor
 from benchmarks.published import llava
 from prismprune import PrunedVLM
+from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO, resolve
 from prismprune.meters import memory_bytes
 
@@ -314,6 +315,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
+    keep_freed_memory()  # as the worker does
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     if arguments.memory_of:

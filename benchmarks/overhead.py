@@ -42,6 +42,7 @@ from benchmarks._models import PACKED_BYTES
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.servers import Keeper
 from prismprune import PrunedVLM
+from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 from prismprune.vlm import visual_request
 
@@ -135,6 +136,7 @@ def jpeg(number: int) -> bytes:
 
 def main() -> None:
     asked = parsed()
+    keep_freed_memory()  # as the worker does
     torch.set_num_threads(asked.threads)
     fields = {"token_budget": asked.budget, "max_new_tokens": asked.tokens}
     logs = Path(tempfile.gettempdir()) / "prismprune-overhead"

@@ -33,6 +33,7 @@ from benchmarks._measure import (
 from benchmarks._models import PACKED_BYTES
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.caching import EncodingCache
+from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Asking:
 
 def main() -> None:
     asked = parsed()
+    keep_freed_memory()  # as the worker does
     torch.set_num_threads(asked.threads)
     vlm = PrunedVLM.from_pretrained(asked.model, packed_bytes=PACKED_BYTES)
     generation = GenerationOptions(max_new_tokens=asked.tokens)

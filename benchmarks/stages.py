@@ -24,6 +24,7 @@ from torch import nn
 from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
 from benchmarks._models import PACKED_BYTES
 from prismprune import GenerationOptions, PrunedVLM
+from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 from prismprune.planning import stage_flops
 from prismprune.session import Asked
@@ -156,6 +157,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     asked = parsed()
+    keep_freed_memory()  # as the worker does
     torch.set_num_threads(asked.threads)
     vlm = PrunedVLM.from_pretrained(asked.model, device="cpu", dtype="float32", packed_bytes=PACKED_BYTES)
     sides = {budget: Answering(vlm, budget) for budget in asked.budgets.split(",")}

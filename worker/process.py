@@ -27,6 +27,7 @@ from torch.nn import ModuleList
 
 from prismprune import METHODS, PrismError, PrunedVLM
 from prismprune.caching import EncodingCache
+from prismprune.heap import keep_freed_memory
 from worker.app import create_app, send_again
 from worker.cancellations import Cancellations
 from worker.contract import WorkerStatus, queue_name
@@ -61,6 +62,7 @@ def main(make: Callable[[WorkerSettings, str, int], WorkerProcess] | None = None
 
     The last arguments are the supervisor's: a name for this process that no other had, and the pipe to it.
     """
+    keep_freed_memory()  # the first of all, as threads take theirs from where they find it
     settings, (name, pipe) = WorkerSettings(), sys.argv[-2:]
     _configure_logging(settings.log_level)
     faulthandler.enable()  # the supervisor aborts a process that hangs: the log tells where
