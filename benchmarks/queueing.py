@@ -2,13 +2,15 @@
 
     python -m benchmarks.queueing                             # 100,000 jobs a point: hours
     python -m benchmarks.queueing --jobs 2000 --workers 1,4,16 --json queue.json --plot queue.png
+    python -m benchmarks.queueing --jobs 2000 --workers 8 --fsync always,everysec
 
 Front end, broker (append-only file, as `make serve` has it), Celery workers and job state are the real ones;
 only the model is replaced by one that sleeps, so that what is measured is everything else. Each number of
-workers gets a broker and a front end of its own. First one client asks, job after job: what its answers take
-beyond the sleep is the latency added. Then as many clients ask at once as fill every worker's batch twice:
-jobs a second. Where all parts share the cores, these are the rate's limit: the processor time that each part
-takes for a job says whose.
+workers gets a broker and a front end of its own, once for each of `--fsync`: how soon the broker has the
+disk confirm what it wrote (`always`: before it says so). First one client asks, job after job: what its
+answers take beyond the sleep is the latency added. Then as many clients ask at once as fill every worker's
+batch twice: jobs a second. Where all parts share the cores, these are the rate's limit: the processor time
+that each part takes for a job says whose.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from http import HTTPStatus
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -62,13 +64,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Point:
-    """What was measured with so many workers. added_ms: beyond the sleep, of one client alone.
+    """What was measured with so many workers, and the broker's `appendfsync`.
 
-    possible_per_s: what the sleeping engines could do. cpu_ms: processor time a job, by part.
-    worker_bytes: of one worker, beyond what the forked processes share.
+    added_ms: beyond the sleep, of one client alone. possible_per_s: what the sleeping engines could do.
+    cpu_ms: processor time a job, by part. worker_bytes: of one worker, beyond what the forked ones share.
     """
 
     workers: int
+    fsync: str
     clients: int
     per_s: Spread
     possible_per_s: float
@@ -90,10 +93,13 @@ class Point:
 def main() -> None:
     asked = parsed()
     points = []
-    for workers in asked.workers:
-        with tempfile.TemporaryDirectory() as folder, Stand(Path(folder), workers, asked.sleep_ms) as stand:
+    for workers, fsync in product(asked.workers, asked.fsync):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            Stand(Path(folder), workers, asked.sleep_ms, fsync) as stand,
+        ):
             points.append(measured(stand, asked.jobs, asked.probes))
-        print(f"{workers} workers: {points[-1].per_s} jobs/s", file=sys.stderr)
+        print(f"{workers} workers, fsync {fsync}: {points[-1].per_s} jobs/s", file=sys.stderr)
     publish(asked, {"points": list(map(asdict, points))}, table(points), partial(plot, points))
 
 
@@ -103,7 +109,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=100_000, help="at each number of workers")
     parser.add_argument("--probes", type=int, default=200, help="jobs of the client that is alone")
     parser.add_argument("--sleep-ms", type=float, default=50, help="of the engine, for up to eight jobs")
+    parser.add_argument("--fsync", type=_names, default=("always",), help="of always,everysec,no")
     return parser.parse_args()
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -117,6 +128,7 @@ class Stand:
     folder: Path
     workers: int
     sleep_ms: float
+    fsync: str
     parts: dict[str, psutil.Process] = field(default_factory=dict)
 
     def __enter__(self) -> Self:
@@ -139,8 +151,8 @@ class Stand:
         with ExitStack() as closing:
             start = partial(self._start, closing, environment)
             listens = ("--port", str(broker_port), "--bind", LOOPBACK)
-            keeps = ("--appendonly", "yes", "--save", "", "--dir", str(self.folder))
-            start("broker", str(get_binary_path()), *listens, *keeps)
+            keeps = ("--appendonly", "yes", "--appendfsync", self.fsync, "--save", "")
+            start("broker", str(get_binary_path()), *listens, *keeps, "--dir", str(self.folder))
             _until(self._broker_answers, "the broker")
             sleepers = (str(self.workers), str(self.sleep_ms))
             start("workers", sys.executable, "-m", "benchmarks._sleepers", *sleepers)
@@ -248,6 +260,7 @@ async def _measured(stand: Stand, jobs: int, probes: int, clients: int) -> Point
     latencies = [1e3 * told.took_s for told in loaded]
     return Point(
         workers=stand.workers,
+        fsync=stand.fsync,
         clients=clients,
         per_s=_rates(loaded),
         possible_per_s=stand.workers * BATCH / stand.sleep_ms * 1e3,
@@ -324,6 +337,7 @@ def table(points: Sequence[Point]) -> str:
     """Markdown, a row a number of workers."""
     header = [
         "workers",
+        "fsync",
         "jobs/s (quartiles)",
         "engines' own limit",
         "added ms alone",
@@ -335,6 +349,7 @@ def table(points: Sequence[Point]) -> str:
     rows = [
         (
             point.workers,
+            point.fsync,
             point.per_s,
             f"{point.possible_per_s:.0f}",
             point.added_ms,
@@ -351,7 +366,8 @@ def table(points: Sequence[Point]) -> str:
 
 
 def plot(points: Sequence[Point], file: Path) -> None:
-    """Rate and added latency over the workers, memory over the jobs."""
+    """Rate and added latency over the workers, memory over the jobs; of the first `fsync`."""
+    points = [point for point in points if point.fsync == points[0].fsync]
     from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
     figure = Figure(figsize=(13, 4), layout="constrained")

@@ -61,13 +61,14 @@ class Stack:
         return Command("fetch of the demo model", (sys.executable, "-m", "prismprune", "demo", "fetch"))
 
     def broker(self) -> Command:
-        """A private Valkey that keeps every accepted job: written to disk, nothing evicted."""
+        """A private Valkey that keeps every accepted job: on disk before it is told so, nothing evicted."""
         config = (
             f"bind {LOOPBACK}",
             f"port {self.broker_port}",
             f"requirepass {self.password}",
             f"dir {_quoted(self._directory('broker'))}",
             "appendonly yes",
+            "appendfsync always",
             'save ""',
             "maxmemory-policy noeviction",
         )

@@ -182,6 +182,8 @@ class Stack:
         options: tuple[str, ...] = (
             "--appendonly",
             "yes",
+            "--appendfsync",
+            "always",
             "--save",
             "",
             "--dir",

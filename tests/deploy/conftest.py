@@ -66,13 +66,15 @@ def size(text: str) -> int:
 
 
 def keeps_accepted_jobs(command: list[str], memory_limit: str) -> bool:
-    """Whether a broker writes jobs to disk, evicts none, and refuses new ones before its memory is used up.
+    """Whether a broker has jobs on disk before it says so, evicts none, and refuses new ones in time.
 
-    A quarter to a third of it is left, for buffers and for the copy while the append-only file is rewritten.
+    A quarter to a third of its memory is left, for buffers and for the copy while the append-only file is
+    rewritten.
     """
     told = dict(zip(command[1::2], command[2::2], strict=True))
-    kept = (told["--appendonly"], told["--maxmemory-policy"]) == ("yes", "noeviction")
-    return kept and 2 / 3 < size(told["--maxmemory"]) / size(memory_limit) < 3 / 4
+    kept = [told[name] for name in ("--appendonly", "--appendfsync", "--maxmemory-policy")]
+    used = size(told["--maxmemory"]) / size(memory_limit)
+    return kept == ["yes", "always", "noeviction"] and 2 / 3 < used < 3 / 4
 
 
 @cache

@@ -346,8 +346,9 @@ async def test_the_real_broker_writes_to_disk_evicts_nothing_and_wants_its_passw
         await tree.start(planned.broker())
         await stack._broker_ready(planned.broker_url)
         async with Redis.from_url(planned.broker_url) as broker:
-            config = await broker.config_get("appendonly", "maxmemory-policy", "dir")
+            config = await broker.config_get("appendonly", "appendfsync", "maxmemory-policy")
         assert config["appendonly"] == "yes"
+        assert config["appendfsync"] == "always"
         assert config["maxmemory-policy"] == "noeviction"
         async with Redis(port=planned.broker_port) as stranger:
             with pytest.raises(AuthenticationError):
