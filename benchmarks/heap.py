@@ -1,0 +1,167 @@
+"""Requests with glibc's allocator as it is, and with `prismprune.heap.keep_freed_memory` as in the worker.
+
+    python -m benchmarks.heap --threads 2
+    python -m benchmarks.heap --budgets all,64 --requests 12 --rounds 6 --json heap.json --plot heap.png
+
+What an allocator has been told cannot be taken back, so every round starts a process for each way, in turns;
+both answer the same questions about the same pictures. The model is that of `benchmarks.serving`: a tower in
+CLIP's shape, whose activations are many blocks of some MiB.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.utils import logging
+
+from benchmarks._measure import Spread, apart, in_turns, markdown, options, picture, plotted, publish, ratios
+from benchmarks._models import PACKED_BYTES
+from benchmarks.serving.checkpoint import checkpoint
+from prismprune import GenerationOptions, PrunedVLM
+from prismprune.heap import keep_freed_memory
+from prismprune.session import Asked
+from prismprune.settings import LibrarySettings
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
+    from pathlib import Path
+
+WAYS = ("as it is", "kept")
+FIRST = 4
+"""Requests of a process that are dropped: memory is taken for the first time."""
+STAGES = ("vision_ms", "prefill_ms", "token_ms")
+Answers = dict[str, list[float]]
+"""By what is measured, a value a request."""
+
+
+def main() -> None:
+    asked = parsed()
+    if asked.way:
+        print(json.dumps(answers(asked)))
+        return
+    asked.model = asked.model or str(
+        checkpoint(LibrarySettings().cache_dir / "benchmarks" / "checkpoint").transformers
+    )
+    rows = [row for budget in asked.budgets.split(",") for row in compared(asked, budget)]
+    publish(asked, {"rows": rows}, table(rows), partial(plot, rows))
+
+
+def parsed() -> argparse.Namespace:
+    parser = options(__doc__, rounds=4)
+    parser.add_argument("--model", help="in LLaVA's shape; default: the one of benchmarks.serving")
+    parser.add_argument("--budgets", default="all,64")
+    parser.add_argument(
+        "--requests", type=int, default=10, help="of each process, after the first that are dropped"
+    )
+    parser.add_argument("--way", choices=WAYS, help="one process: answer, and print what was measured")
+    return parser.parse_args()
+
+
+def answers(asked: argparse.Namespace) -> Answers:
+    """One way at one budget, in this process."""
+    if asked.way == "kept" and not keep_freed_memory():
+        raise SystemExit("the allocator is not glibc's")
+    torch.set_num_threads(asked.threads)
+    logging.disable_progress_bar()
+    vlm = PrunedVLM.from_pretrained(asked.model, device="cpu", dtype="float32", packed_bytes=PACKED_BYTES)
+    measured: Answers = {name: [] for name in (*STAGES, "page_faults")}
+    for number in range(FIRST + asked.requests):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        one = answer(vlm, number, asked.budgets)
+        one["page_faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        for name, value in one.items():
+            if number >= FIRST:
+                measured[name].append(value)
+    return measured
+
+
+def answer(vlm: PrunedVLM, number: int, budget: str) -> dict[str, float]:
+    """The stages of one question about picture `number`, in milliseconds."""
+    encoded = vlm.encode(picture(number), budget)
+    session = vlm.session()
+    question = Asked(encoded, ("What color is the star?",), GenerationOptions(max_new_tokens=4))
+    (request,) = session.admit([question])
+    began = time.perf_counter()
+    steps = 0
+    while session.pending:
+        session.step()
+        steps += 1
+    token_ms = 1e3 * (time.perf_counter() - began) / max(1, steps - 1)  # the first was prefilled
+    (told,) = session.answers(request)
+    return {"vision_ms": told.timings.vision_ms, "prefill_ms": told.timings.prefill_ms, "token_ms": token_ms}
+
+
+def compared(asked: argparse.Namespace, budget: str) -> list[dict[str, Any]]:
+    """A row a way."""
+    same = (
+        "--model",
+        asked.model,
+        "--threads",
+        asked.threads,
+        "--requests",
+        asked.requests,
+        "--budgets",
+        budget,
+    )
+
+    def medians(way: str, _round: int) -> dict[str, float]:
+        told: Answers = apart("benchmarks.heap", "--way", way, *same)
+        return {name: statistics.median(values) for name, values in told.items()}
+
+    measured = in_turns({way: partial(medians, way) for way in WAYS}, asked.rounds)
+    base = measured[WAYS[0]]
+    return [
+        {
+            "budget": budget,
+            "way": way,
+            "page_faults": statistics.median(one["page_faults"] for one in measured[way]),
+            **{stage: Spread.of(one[stage] for one in measured[way]).median for stage in STAGES},
+            **{
+                f"{stage}_ratio": str(
+                    ratios([one[stage] for one in measured[way]], [one[stage] for one in base])
+                )
+                for stage in STAGES
+            },
+        }
+        for way in WAYS
+    ]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown, a row a budget and way; times are of the allocator's as it is."""
+    header = ("budget", "freed memory", "page faults a request", "vision", "prefill", "a token")
+    return markdown(
+        header,
+        [
+            (
+                row["budget"],
+                row["way"],
+                f"{row['page_faults']:.0f}",
+                *(row[f"{stage}_ratio"] for stage in STAGES),
+            )
+            for row in rows
+        ],
+    )
+
+
+def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Milliseconds of each stage, a group a budget and way."""
+    with plotted(file) as axes:
+        names = [f"{row['budget']}, {row['way']}" for row in rows]
+        below = [0.0] * len(rows)
+        for stage in STAGES:
+            values = [row[stage] for row in rows]
+            axes.bar(names, values, bottom=below, label=stage.removesuffix("_ms"))
+            below = [low + value for low, value in zip(below, values, strict=True)]
+        axes.set(ylabel="ms")
+
+
+if __name__ == "__main__":
+    main()
