@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from benchmarks._measure import Spread, apart, in_turns, markdown, options, picture, plotted, publish, ratios
+from benchmarks._measure import apart, in_turns, markdown, options, picture, plotted, publish, ratios
 from benchmarks._models import PACKED_BYTES
 from benchmarks.serving.checkpoint import checkpoint
 from prismprune import GenerationOptions, PrunedVLM
@@ -99,56 +99,35 @@ def answer(vlm: PrunedVLM, number: int, budget: str) -> dict[str, float]:
 
 
 def compared(asked: argparse.Namespace, budget: str) -> list[dict[str, Any]]:
-    """A row a way."""
-    same = (
-        "--model",
-        asked.model,
-        "--threads",
-        asked.threads,
-        "--requests",
-        asked.requests,
-        "--budgets",
-        budget,
-    )
+    """A row a way: medians over rounds, and of each stage the ratio to the allocator as it is."""
+    same = {"model": asked.model, "threads": asked.threads, "requests": asked.requests, "budgets": budget}
+    argv = [part for name, value in same.items() for part in (f"--{name}", value)]
 
     def medians(way: str, _round: int) -> dict[str, float]:
-        told: Answers = apart("benchmarks.heap", "--way", way, *same)
+        told: Answers = apart("benchmarks.heap", "--way", way, *argv)
         return {name: statistics.median(values) for name, values in told.items()}
 
     measured = in_turns({way: partial(medians, way) for way in WAYS}, asked.rounds)
-    base = measured[WAYS[0]]
-    return [
-        {
-            "budget": budget,
-            "way": way,
-            "page_faults": statistics.median(one["page_faults"] for one in measured[way]),
-            **{stage: Spread.of(one[stage] for one in measured[way]).median for stage in STAGES},
-            **{
-                f"{stage}_ratio": str(
-                    ratios([one[stage] for one in measured[way]], [one[stage] for one in base])
-                )
-                for stage in STAGES
-            },
-        }
-        for way in WAYS
-    ]
+    rows = []
+    for way, own in measured.items():
+        row: dict[str, Any] = {"budget": budget, "way": way}
+        row |= {name: statistics.median(one[name] for one in own) for name in own[0]}
+        for stage in STAGES:
+            row[f"{stage}_ratio"] = str(
+                ratios([one[stage] for one in own], [one[stage] for one in measured[WAYS[0]]])
+            )
+        rows.append(row)
+    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown, a row a budget and way; times are of the allocator's as it is."""
     header = ("budget", "freed memory", "page faults a request", "vision", "prefill", "a token")
-    return markdown(
-        header,
-        [
-            (
-                row["budget"],
-                row["way"],
-                f"{row['page_faults']:.0f}",
-                *(row[f"{stage}_ratio"] for stage in STAGES),
-            )
-            for row in rows
-        ],
-    )
+    cells = [
+        (row["budget"], row["way"], f"{row['page_faults']:.0f}", *(row[f"{stage}_ratio"] for stage in STAGES))
+        for row in rows
+    ]
+    return markdown(header, cells)
 
 
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:

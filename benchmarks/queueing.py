@@ -4,7 +4,7 @@
     python -m benchmarks.queueing --jobs 2000 --workers 1,4,16 --json queue.json --plot queue.png
     python -m benchmarks.queueing --jobs 2000 --workers 8 --fsync always,everysec
 
-Front end, broker (append-only file, as `make serve` has it), Celery workers and job state are the real ones;
+Front end, broker (append-only file, as deployments have it), Celery workers and job state are the real ones;
 only the model is replaced by one that sleeps, so that what is measured is everything else. Each number of
 workers gets a broker and a front end of its own, once for each of `--fsync`: how soon the broker has the
 disk confirm what it wrote (`always`: before it says so). First one client asks, job after job: what its

@@ -61,14 +61,18 @@ class Stack:
         return Command("fetch of the demo model", (sys.executable, "-m", "prismprune", "demo", "fetch"))
 
     def broker(self) -> Command:
-        """A private Valkey that keeps every accepted job: on disk before it is told so, nothing evicted."""
+        """A private Valkey that keeps every accepted job through a kill; nothing is evicted.
+
+        Each write is the kernel's before it is answered. That the disk confirms it, which a loss of power would
+        ask for, is not waited for here: callers and workers are on the same machine, whose disk may be busy.
+        """
         config = (
             f"bind {LOOPBACK}",
             f"port {self.broker_port}",
             f"requirepass {self.password}",
             f"dir {_quoted(self._directory('broker'))}",
             "appendonly yes",
-            "appendfsync always",
+            "appendfsync no",
             'save ""',
             "maxmemory-policy noeviction",
         )
