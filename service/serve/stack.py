@@ -63,7 +63,7 @@ class Stack:
     def broker(self) -> Command:
         """A private Valkey that keeps every accepted job through a kill; nothing is evicted.
 
-        Each write is the kernel's before it is answered. That the disk confirms it, which a loss of power would
+        Each write is the kernel's before it is answered. That the disk confirms it, as a loss of power would
         ask for, is not waited for here: callers and workers are on the same machine, whose disk may be busy.
         """
         config = (
