@@ -34,9 +34,11 @@ from worker.settings import WorkerSettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from prismprune.replay import GraphBytes
+
 PACKED_BYTES: int = WorkerSettings.model_fields["packed_weights_bytes"].default
 """So that the library in a benchmark's process multiplies as the service's worker does."""
-CUDA_GRAPH_BYTES: int = WorkerSettings.model_fields["cuda_graph_bytes"].default
+CUDA_GRAPH_BYTES: GraphBytes = WorkerSettings.model_fields["cuda_graph_bytes"].default
 """And decodes as it does."""
 SIDE, PATCH = 336, 14
 IMAGE_TOKEN_ID = 2
@@ -113,7 +115,7 @@ def random_llava(
     device: torch.device,
     dtype: torch.dtype,
     quantization: str | None = None,
-    cuda_graph_bytes: int = 0,
+    cuda_graph_bytes: GraphBytes = 0,
 ) -> PrunedVLM:
     """One of `GEOMETRIES`, tower and projector whole, the language model with so many of its layers.
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from prismprune.evaluation.subjects import Subject
+    from prismprune.replay import GraphBytes
 
 PRECISIONS: dict[str, tuple[str, str | None]] = {
     "fp32": ("float32", None),
@@ -106,7 +107,7 @@ def measure(
     }
 
 
-def load(model: str, precision: str, device: str, cuda_graph_bytes: int = 0) -> PrunedVLM:
+def load(model: str, precision: str, device: str, cuda_graph_bytes: GraphBytes = 0) -> PrunedVLM:
     dtype, quantization = PRECISIONS[precision]
     return PrunedVLM.from_pretrained(
         model, device=device, dtype=dtype, quantization=quantization, cuda_graph_bytes=cuda_graph_bytes

@@ -6,9 +6,14 @@ is of the smaller of the two times one could take; "plain" is the whole tower wi
 
 Public code asks the tower for `output_attentions`, which means eager attention and H x N x N values a block,
 and selects crop by crop and token by token in Python. Here that is done by the same method, `prism`, on the
-same weights and pixels, and both keep the same tokens.
+same weights and pixels. In float32 both keep the same tokens; in 16 bits public code scores in 16 bits too,
+which cannot tell the nearly even attention of random weights apart.
+
+On CUDA the tower is also recorded and replayed, by itself and as the worker does it: launched kernel by
+kernel it takes longer than its arithmetic.
 
     python -m benchmarks.selection --threads 1 --json
+    python -m benchmarks.selection --device cuda --dtype float16 --tower-repeats 20
 """
 
 from __future__ import annotations
@@ -28,7 +33,11 @@ from transformers import CLIPVisionModel
 from benchmarks._measure import MIB, add_threads, listed, machine
 from benchmarks.published import clip_l
 from prismprune.attention import BlockReading, read_block
+from prismprune.loading import torch_dtype
 from prismprune.meters import PeakMemory, memory_bytes
+from prismprune.quantization import DTYPES
+from prismprune.replay import TowerReplay
+from prismprune.replay.recording import recorded
 from prismprune.selection import METHODS, select
 
 if TYPE_CHECKING:
@@ -36,13 +45,21 @@ if TYPE_CHECKING:
 
 CROPS, SIDE, BLOCK, HEADS = 5, 336, 22, 16
 BUDGETS = (640, 320, 160)  # the paper's, over the five crops
+WAYS = {
+    "plain": "plain tower, nothing pruned",
+    "ours": "this library",
+    "public": "as public code",
+    "plain_recorded": "plain tower, nothing pruned, recorded",
+    "ours_recorded": "this library, its tower recorded",
+}
 
 
 def main() -> None:
     arguments = parsed()
     torch.set_num_threads(arguments.threads)
     with torch.inference_mode():
-        result = measured(arguments.tower_repeats, arguments.repeats, torch.device(arguments.device))
+        device, dtype = torch.device(arguments.device), torch_dtype(arguments.dtype)
+        result = measured(arguments.tower_repeats, arguments.repeats, device, dtype)
     print(json.dumps(result, indent=2) if arguments.json else table(result))
 
 
@@ -56,14 +73,15 @@ def parsed() -> argparse.Namespace:
     )
     add_threads(parser)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the tower")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def measured(tower_repeats: int, repeats: int, device: torch.device) -> dict[str, Any]:
+def measured(tower_repeats: int, repeats: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     torch.manual_seed(0)
-    tower = CLIPVisionModel(clip_l(SIDE)).eval().to(device)
-    pixels = torch.randn(CROPS, 3, SIDE, SIDE, device=device)
+    tower = CLIPVisionModel(clip_l(SIDE)).eval().to(device, dtype)
+    pixels = torch.randn(CROPS, 3, SIDE, SIDE, device=device).to(dtype)
     tower_ms, reading = timed(lambda: read(tower, pixels), tower_repeats, device)
     scoring_ms, attention = timed(reading.cls_attention, repeats, device)
     features, keys = reading.hidden[:, 1:], reading.keys[:, 1:].unflatten(2, (HEADS, -1)).transpose(1, 2)
@@ -80,6 +98,7 @@ def measured(tower_repeats: int, repeats: int, device: torch.device) -> dict[str
     return {
         "machine": machine(on_cuda=device.type == "cuda"),
         "tokens": features.shape[0] * features.shape[1],
+        "dtype": str(dtype).removeprefix("torch."),
         "attention_implementation": tower.config._attn_implementation,  # noqa: SLF001  # its only name
         "tower_ms": spread(tower_ms),
         "scoring_ms": spread(scoring_ms),
@@ -91,13 +110,22 @@ def measured(tower_repeats: int, repeats: int, device: torch.device) -> dict[str
 def end_to_end(
     tower: CLIPVisionModel, pixels: torch.Tensor, repeats: int, device: torch.device
 ) -> dict[str, Any]:
-    """Tower, scores and selection together: the plain tower, this library, and the way of public code."""
+    """Tower, scores and selection together: the plain tower, this library, and the way of public code.
+
+    On CUDA also the first two with the tower recorded.
+    """
     k = BUDGETS[1] // CROPS
     ways: dict[str, Callable[[], Any]] = {
         "plain": lambda: tower(pixels),
         "ours": lambda: library_way(tower, pixels, k),
         "public": lambda: public_way(tower, pixels, k),
     }
+    if device.type == "cuda":
+        replay = TowerReplay()
+        ways["plain_recorded"] = recorded(ways["plain"], None)
+        ways["ours_recorded"] = lambda: library_way(tower, pixels, k, replay)
+        for _ in range(2):
+            ways["ours_recorded"]()  # the second time it is recorded
     times: dict[str, list[float]] = {name: [] for name in ways}
     added: dict[str, int] = dict.fromkeys(ways, 0)
     kept: dict[str, Any] = {}
@@ -108,19 +136,26 @@ def end_to_end(
             times[name].append(elapsed)
             added[name] = max(added[name], peak.added_bytes)
     spreads = {name: spread(own[1:]) for name, own in times.items()}
-    plain, ours, public = (one["median"] for one in spreads.values())
+    medians = {name: one["median"] for name, one in spreads.items()}
     return {
         "kept": k * CROPS,
-        **{name: one | {"added_bytes": added[name]} for name, one in spreads.items()},
-        "ours_of_plain": ours / plain,
-        "public_of_ours": public / ours,
+        "ways": {name: one | {"added_bytes": added[name]} for name, one in spreads.items()},
+        "ours_of_plain": medians["ours"] / medians["plain"],
+        "public_of_ours": medians["public"] / medians["ours"],
+        "recorded_of_plain": {
+            plain: medians["ours_recorded"] / medians[plain]
+            for plain in ("plain", "plain_recorded")
+            if plain in medians and "ours_recorded" in medians
+        },
         "same_tokens": float((kept["ours"] == kept["public"]).float().mean()),
     }
 
 
-def library_way(tower: CLIPVisionModel, pixels: torch.Tensor, k: int) -> torch.Tensor:
+def library_way(
+    tower: CLIPVisionModel, pixels: torch.Tensor, k: int, replay: TowerReplay | None = None
+) -> torch.Tensor:
     """Kept tokens [CROPS, k], with the tower's attention as it is."""
-    reading = read(tower, pixels)
+    reading = replay.read(tower, pixels, partial(read, tower)) if replay else read(tower, pixels)
     return select(reading.cls_attention(), reading.hidden[:, 1:], k).indices
 
 
@@ -195,7 +230,7 @@ def spread(times: list[float]) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{listed(result['machine'])}, float32; attention: {result['attention_implementation']}",
+        f"{listed(result['machine'])}, {result['dtype']}; attention: {result['attention_implementation']}",
         f"{result['tokens']} tokens in {CROPS} crops; median (min to max) in milliseconds",
         "",
         f"tower, to block {BLOCK}   {in_words(result['tower_ms'])}",
@@ -211,11 +246,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def compared(found: dict[str, Any]) -> list[str]:
-    names = {"plain": "plain tower, nothing pruned", "ours": "this library", "public": "as public code"}
     lines = [f"tower, scores and selection of {found['kept']} tokens by prism"]
-    for key, name in names.items():
-        memory = found[key]["added_bytes"] / MIB
-        lines.append(f"{name:<28}{in_words(found[key])}, {memory:.0f} MiB more at its peak")
+    for key, way in found["ways"].items():
+        memory = way["added_bytes"] / MIB
+        lines.append(f"{WAYS[key]:<38}{in_words(way)}, {memory:.0f} MiB more at its peak")
+    lines += [
+        f"this library, its tower recorded, takes {ratio:.3f} of the time of the {WAYS[plain]}"
+        for plain, ratio in found["recorded_of_plain"].items()
+    ]
     lines.append(
         f"this library takes {found['ours_of_plain']:.3f} of the plain tower's time; "
         f"public code {found['public_of_ours']:.2f} times this library's; "

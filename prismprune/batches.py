@@ -99,11 +99,27 @@ def _placed(parts: Sequence[Tensor], places: Sequence[Sequence[int]], length: in
     _, heads, _, width = parts[0].shape
     room = parts[0].new_empty(sum(map(len, places)), heads, length + ROOM, width)
     for part, rows in zip(parts, places, strict=True):
-        missing = length - part.shape[2]
-        for tokens, row in zip(part, rows, strict=True):
-            room[row, :, :missing] = 0  # what is masked must still be a number
-            room[row, :, missing:length] = tokens
+        missing, first = length - part.shape[2], 0
+        for run in runs(rows):
+            here = slice(run[0], run[-1] + 1)
+            room[here, :, :missing] = 0  # what is masked must still be a number
+            room[here, :, missing:length] = part[first : first + len(run)]
+            first += len(run)
     return room
+
+
+def runs(places: Sequence[int]) -> list[list[int]]:
+    """`places` cut into stretches that count up by one, each of which is copied at once.
+
+    Two layers' worth of single rows would keep a GPU waiting longer than a decoding step takes.
+    """
+    stretches: list[list[int]] = []
+    for place in places:
+        if stretches and place == stretches[-1][-1] + 1:
+            stretches[-1].append(place)
+        else:
+            stretches.append([place])
+    return stretches
 
 
 def roomy_cache(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Cache:

@@ -119,14 +119,14 @@ def encode_pixels(
     """`encode` from processed pixels, which took `preprocess_ms`; `views` are those of each request."""
     watch = Stopwatch(family.model.device)
     readings = [family.read(group) for group in pixels]
-    vision_ms = watch.lap_ms()
+    vision = watch.lap()  # nothing waits for the tower before the selection is under way behind it
     parts = _by_request(views, pixels, readings)
     _share_budgets(requests, parts)
     _select(family, requests, parts)
-    select_ms = watch.lap_ms()
+    select = watch.lap()
     visuals = _arrange(family, parts)
-    vision_ms += watch.lap_ms()
-    shared = Timings(preprocess_ms=preprocess_ms, vision_ms=vision_ms, select_ms=select_ms)
+    vision_ms = watch.lap_ms() + vision.ms
+    shared = Timings(preprocess_ms=preprocess_ms, vision_ms=vision_ms, select_ms=select.ms)
     return [_encoded(*one, shared) for one in zip(requests, parts, visuals, strict=True)]
 
 
@@ -147,7 +147,7 @@ def _by_request(
 def _part(view: View, pixels: Pixels, reading: Reading, row: int) -> _Part:
     candidates, tokens = pixels.region(row), reading.tokens[row]
     if candidates.shape != pixels.grid:
-        seen = candidates.raster(pixels.grid).to(tokens.device)
+        seen = _moved(candidates.raster(pixels.grid), tokens)
         tokens = torch.cat([tokens[: reading.prefix], tokens[reading.prefix :][seen]])
     return _Part(view, pixels, reading, row, candidates, tokens)
 
@@ -208,14 +208,14 @@ class _WholeScores:
     def of(self, choose: Selector, group: Sequence[_Part], seen: Tensor) -> Scores:
         """What `choose` asks for, of the group's views, and of each the raster indices `seen` [B, M]."""
         rows = [part.row for part in group]
-        on_device = seen.to(self._reading.tokens.device)
 
         def pick(values: Tensor, patches: int) -> Tensor:
-            own = values[rows]
+            every = rows == list(range(len(values)))
+            own = values if every else values[_moved(torch.tensor(rows), values)]
             if own.shape[patches] == seen.shape[1]:
                 return own
             shape = [{0: len(rows), patches: -1}.get(dimension, 1) for dimension in range(own.ndim)]
-            return own.take_along_dim(on_device.view(shape), patches)
+            return own.take_along_dim(_moved(seen, values).view(shape), patches)
 
         return Scores(
             attention=pick(self.attention, 2),
@@ -224,6 +224,11 @@ class _WholeScores:
             keys=pick(self.keys, 2) if choose.needs_keys else None,
             projected=pick(self.projected, 1) if choose.needs_projected else None,
         )
+
+
+def _moved(indices: Tensor, like: Tensor) -> Tensor:
+    """`indices`, from the CPU to the device of `like`, without waiting for what that is at."""
+    return indices.to(like.device, non_blocking=True)
 
 
 def _select_group(choose: Selector, keep: int, group: Sequence[_Part], scores: _WholeScores) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
@@ -12,25 +13,47 @@ if TYPE_CHECKING:
     from torch import device as Device  # noqa: N812 (a type, so written like one)
 
 
-class Stopwatch:
-    """Splits a stretch of work into laps. Waits for CUDA, whose calls return before their work is done.
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """From one point in time to the next: seconds, or events of a CUDA stream, which it is yet to reach."""
 
-    What another thread has given to a stream of its own is not waited for.
+    begin: Any
+    end: Any
+
+    @property
+    def ms(self) -> float:
+        """How long it took, in milliseconds. On CUDA this waits for its end."""
+        if isinstance(self.begin, torch.cuda.Event):
+            self.end.synchronize()
+            return float(self.begin.elapsed_time(self.end))
+        return float(self.end - self.begin) * 1000
+
+
+class Stopwatch:
+    """Splits a stretch of work into laps. CUDA's calls return before their work is done: there by its clock.
+
+    That of the current stream: what another thread has given to one of its own does not count.
     """
 
     def __init__(self, device: Device) -> None:
         self._device = device
         self._last = self._now()
 
-    def lap_ms(self) -> float:
-        """Milliseconds since the last lap, or since the start."""
+    def lap(self) -> Lap:
+        """Since the last one, or the start. Waits for nothing yet: there may be more to give to CUDA."""
         last, self._last = self._last, self._now()
-        return (self._last - last) * 1000
+        return Lap(last, self._last)
 
-    def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.current_stream(self._device).synchronize()
-        return time.perf_counter()
+    def lap_ms(self) -> float:
+        """Its milliseconds, once its work is done."""
+        return self.lap().ms
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def memory_bytes(device: Device) -> int:

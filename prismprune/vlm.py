@@ -17,7 +17,7 @@ from prismprune.generation import GenerationOptions
 from prismprune.loading import load_checkpoint
 from prismprune.media import Clip, Picture, as_picture, open_media
 from prismprune.meters import memory_bytes
-from prismprune.replay import replay_of, tower_replay_of
+from prismprune.replay import GraphBytes, granted, replay_of, tower_replay_of
 from prismprune.results import Answer
 from prismprune.session import Asked, Session, VisualRequest
 
@@ -52,18 +52,19 @@ class PrunedVLM:
     One thread at a time may answer.
     """
 
-    def __init__(self, loaded: Loaded, *, cuda_graph_bytes: int = 0) -> None:
+    def __init__(self, loaded: Loaded, *, cuda_graph_bytes: GraphBytes = 0) -> None:
         self._loaded = loaded
         self._family = loaded.family
+        graph_bytes = granted(cuda_graph_bytes, loaded.family.model.device)
         self._decoder = Decoder(
             model=loaded.family.model,
             tokenizer=loaded.family.processor.tokenizer,
             end_ids=loaded.end_ids,
             placeholder_ids=frozenset(loaded.family.placeholder_ids.values()),
             visual_inputs=loaded.family.visual_inputs,
-            replay=replay_of(loaded.family.model, loaded.quantization, cuda_graph_bytes),
+            replay=replay_of(loaded.family.model, loaded.quantization, graph_bytes),
         )
-        self._family.tower_replay = tower_replay_of(loaded.family.model, cuda_graph_bytes)
+        self._family.tower_replay = tower_replay_of(loaded.family.model, graph_bytes)
 
     @classmethod
     def from_pretrained(
@@ -76,13 +77,14 @@ class PrunedVLM:
         quantization: str | Quantization | None = None,
         layout: str | None = None,
         packed_bytes: int = 0,
-        cuda_graph_bytes: int = 0,
+        cuda_graph_bytes: GraphBytes = 0,
         progress: Progress | None = None,
     ) -> PrunedVLM:
         """Load `"prism-demo"`, a checkpoint directory or a hub id; see `loading.load_checkpoint`.
 
         cuda_graph_bytes: how much keys and values may take in the places that recorded work of CUDA is tied
-        to (see `replay`); 0: nothing is recorded, as on other devices.
+        to (see `replay`), or "auto": a quarter of what the model leaves free; 0: nothing is recorded, as on
+        other devices.
         """
         return cls(
             load_checkpoint(

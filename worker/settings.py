@@ -37,10 +37,10 @@ class WorkerSettings(BaseSettings):
     """Memory for copies of weights in the order of the CPU's kernels, which make products faster: as many
     layers as it holds; 0: none. Of float32, and of bfloat16 on CPUs that have AVX512-BF16 or AMX; on other
     devices and in other number formats nothing is copied."""
-    cuda_graph_bytes: Annotated[int, Field(ge=0)] = 4 * 2**30
-    """On CUDA: memory for keys and values in the places that recorded work is tied to. Decoding steps, short
-    prompts and the tower on few views are replayed from recordings; a batch that needs more memory goes on as
-    with 0, without, and so does int8."""
+    cuda_graph_bytes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
+    """On CUDA: memory for keys and values in the places that recorded work is tied to; auto: a quarter of
+    what the loaded model leaves free. Decoding steps, short prompts and the tower on few views are replayed
+    from recordings; a batch that needs more memory goes on as with 0, without, and so does int8."""
     layout: str | None = None
     """How LLaVA-NeXT packs crops: `native`, or `paper`, without newlines."""
     default_token_budget: Annotated[int, Field(ge=1, le=MAX_TOKEN_BUDGET)] | Literal["all"] = 64

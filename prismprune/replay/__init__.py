@@ -8,7 +8,9 @@ its prefill to its end; here rows come and go.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
 
 from prismprune.replay.prompts import PromptReplay
 from prismprune.replay.recording import Record, recorded
@@ -22,8 +24,12 @@ if TYPE_CHECKING:
 
     from prismprune.batches import Batch
 
-__all__ = ["Replay", "TowerReplay", "replay_of", "tower_replay_of"]
+__all__ = ["GraphBytes", "Replay", "TowerReplay", "granted", "replay_of", "tower_replay_of"]
 
+GraphBytes = int | Literal["auto"]
+SHARE = 4
+"""By itself, recorded work may take one part in so many of the memory that is free: a batch that moves into
+its place is held twice, and what is encoded beside needs room as well."""
 PROMPTS = 8
 """Prompts may take one part in so many of the memory: each is filled, copied and gone before the next."""
 
@@ -63,6 +69,16 @@ class Replay:
         """Give up all memory; what is wanted again is recorded again."""
         self.prompts.clear()
         self.steps.clear()
+
+
+def granted(wanted: GraphBytes, device: torch.device) -> int:
+    """Bytes for recorded work of a model that is on its device already; none where that is not CUDA."""
+    if device.type != "cuda":
+        return 0
+    if wanted == "auto":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free // SHARE
+    return wanted
 
 
 def replay_of(model: Any, quantization: str | None, max_bytes: int) -> Replay | None:

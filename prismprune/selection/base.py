@@ -154,8 +154,7 @@ def highest(values: Tensor, k: int) -> Tensor:
 
 def take(features: Tensor, indices: Tensor) -> Tensor:
     """The tokens `indices` [B, K] of `features` [B, N, d]: [B, K, d]."""
-    images = torch.arange(features.shape[0], device=features.device)
-    return features[images.unsqueeze(1), indices]
+    return features.gather(1, indices.unsqueeze(2).expand(-1, -1, features.shape[2]))
 
 
 def directions(features: Tensor) -> Tensor:
@@ -165,7 +164,9 @@ def directions(features: Tensor) -> Tensor:
 
 def cosines(points: Tensor, others: Tensor) -> Tensor:
     """Cosine of each of `points` [B, M, d] to each of `others` [B, S, d]: [B, M, S], float32."""
-    return (directions(points) @ directions(others).transpose(1, 2)).float()
+    ours = directions(points)
+    theirs = ours if others is points else directions(others)
+    return (ours @ theirs.transpose(1, 2)).float()
 
 
 def check_range(option: str, value: object, low: float, high: float) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 import torch
@@ -10,7 +12,11 @@ import torch
 from prismprune.selection.base import Scores, Selection, Selector, check_choice, cosines, head_variance
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 FpsStart = Literal["max_variance", "farthest_from_salient", "most_isolated"]
 FPS_STARTS: tuple[FpsStart, ...] = get_args(FpsStart)
@@ -54,18 +60,25 @@ def farthest_points(
         return torch.arange(k, device=features.device).expand(images, k)
     # Subtracted in float32, on whose even grid near 1 the noise around equal and around orthogonal vanishes.
     distance = 1 - cosines(features, features)  # [B, M, M]
-    myself = torch.eye(size, dtype=torch.bool, device=features.device)
+    to_itself = distance.diagonal(dim1=1, dim2=2)
     if start == "most_isolated":
-        first = distance.masked_fill(myself, torch.inf).amin(dim=2).argmax(dim=1)
+        to_itself.fill_(torch.inf)
+        first = distance.amin(dim=2).argmax(dim=1)
     elif start == "farthest_from_salient" and salient is not None and salient.shape[1] > 0:
         first = (1 - cosines(features, salient)).amin(dim=2).argmax(dim=1)
     else:
         first = variance.argmax(dim=1)  # of equal values the first, as torch documents
-    return _spread(distance.masked_fill(myself, -torch.inf), first, k)
+    to_itself.fill_(-torch.inf)
+    spread = one_kernel() if distance.is_cuda else None
+    picks = step_by_step(distance, first, k) if spread is None else spread(distance, first, k)
+    return picks.sort(dim=1).values
 
 
-def _spread(distance: Tensor, first: Tensor, k: int) -> Tensor:
-    """`k` steps of FPS for all images at once; -inf on its diagonal, `distance` bars what is picked."""
+def step_by_step(distance: Tensor, first: Tensor, k: int) -> Tensor:
+    """Picks [B, k] of FPS, in their order, from the `first` [B] on, for all images at once.
+
+    distance: [B, M, M], M more than `k`; -inf on its diagonal, by which what is picked is barred.
+    """
     images, size, _ = distance.shape
     rows = distance.reshape(images * size, size)
     first_row = torch.arange(images, device=first.device) * size
@@ -74,4 +87,21 @@ def _spread(distance: Tensor, first: Tensor, k: int) -> Tensor:
     for _ in range(k - 1):
         picks.append(nearest.argmax(dim=1))
         nearest = torch.minimum(nearest, rows[first_row + picks[-1]])
-    return torch.stack(picks, dim=1).sort(dim=1).values
+    return torch.stack(picks, dim=1)
+
+
+@cache
+def one_kernel() -> Callable[[Tensor, Tensor, int], Tensor] | None:
+    """`step_by_step` for CUDA, where its steps take as long as launching them; None where it cannot be built.
+
+    Triton, which torch brings along, compiles with the C compiler of the machine, and not every one has it.
+    """
+    try:
+        from prismprune.selection.fps_kernel import spread  # noqa: PLC0415 (torch for CPUs has no Triton)
+
+        distance = torch.zeros(1, 2, 2, device="cuda")
+        spread(distance, distance.new_zeros(1, dtype=torch.long), 1)
+    except Exception as error:  # noqa: BLE001 (whatever a compiler may say, the steps remain)
+        log.warning("FPS takes its steps one by one, since its kernel cannot be built: %s", error)
+        return None
+    return spread

@@ -67,7 +67,7 @@ class Prism(Selector):
             k,
             variance=variance.gather(1, pool),
             start=self.fps_start,
-            salient=take(scores.features, salient),
+            salient=take(scores.features, salient) if self.fps_start == "farthest_from_salient" else None,
         )
         return pool.gather(1, picks)
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import prismprune
-from prismprune import GenerationOptions, TokenBudget, VisualRequest
+from prismprune import GenerationOptions, Selection, TokenBudget, VisualRequest
+from prismprune.encoding import EncodingRequest, encode
+from prismprune.meters import Stopwatch
 from tests.prismprune.families import CASES, CHECKPOINTS, MEDIA, Transformers, still
 from worker.engine import Engine, Limits
 
@@ -63,6 +65,45 @@ def test_prune_on_cuda_says_what_it_says_on_a_cpu(
     on_cuda = {key: value.cuda() if hasattr(value, "cuda") else value for key, value in inputs.items()}
     with prismprune.prune(user.model, 9):
         assert user.answer(on_cuda, 8) == expected
+
+
+@pytest.mark.parametrize("budgets", [(9,), (9, 5)])
+def test_nothing_waits_for_the_tower_before_tokens_are_selected(
+    load: Load, monkeypatch: pytest.MonkeyPatch, budgets: tuple[int, ...]
+) -> None:
+    """Torch raises where a call would wait, from the tower's to the selection's last; budgets may differ."""
+    vlm = load("llava")
+    requests = [EncodingRequest((still("wide"),), TokenBudget(budget)) for budget in budgets]
+    expected = [one.token_map for one in encode(vlm._family, requests)]
+    read, tokens = vlm._family.read, Selection.tokens
+
+    def reading(pixels: Any) -> Any:
+        found = read(pixels)
+        torch.cuda.set_sync_debug_mode("error")
+        return found
+
+    def taken(selection: Selection, features: torch.Tensor) -> torch.Tensor:
+        found = tokens(selection, features)
+        torch.cuda.set_sync_debug_mode("default")
+        return found
+
+    monkeypatch.setattr(vlm._family, "read", reading)
+    monkeypatch.setattr(Selection, "tokens", taken)
+    try:
+        assert [one.token_map for one in encode(vlm._family, requests)] == expected
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_lap_ends_when_its_work_does_and_waits_when_it_is_looked_at() -> None:
+    """CUDA's own clock."""
+    watch = Stopwatch(torch.device("cuda"))
+    torch.cuda._sleep(200_000_000)  # cycles
+    long = watch.lap()
+    short = watch.lap()
+    assert not torch.cuda.current_stream().query()
+    assert long.ms > 20 * short.ms
+    assert torch.cuda.current_stream().query()
 
 
 def test_media_are_encoded_beside_the_answers_of_others(load: Load) -> None:

@@ -17,7 +17,17 @@ from hypothesis import strategies as st
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.attention import BlockReading
 from prismprune.caching import EncodingCache
-from prismprune.replay import Replay, TowerReplay, prompts, recording, replay_of, steps, tower_replay_of
+from prismprune.replay import (
+    GraphBytes,
+    Replay,
+    TowerReplay,
+    granted,
+    prompts,
+    recording,
+    replay_of,
+    steps,
+    tower_replay_of,
+)
 from prismprune.replay.recording import Recordings
 from prismprune.replay.steps import LEAST_COLUMNS
 from prismprune.session import Asked, Session
@@ -374,3 +384,15 @@ def test_steps_are_recorded_where_they_can_be(
     )
     assert (replay_of(model, quantization, max_bytes) is not None) is there
     assert (tower_replay_of(model, max_bytes) is not None) is (device == "cuda" and max_bytes > 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "expected"),
+    [("auto", "cpu", 0), (7, "cpu", 0), (7, "cuda", 7), (0, "cuda", 0), ("auto", "cuda", 10)],
+)
+def test_recorded_work_gets_a_quarter_of_what_the_model_leaves(
+    monkeypatch: pytest.MonkeyPatch, wanted: GraphBytes, device: str, expected: int
+) -> None:
+    """Or what it was told; and nothing where nothing can be recorded."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (40, 80))
+    assert granted(wanted, torch.device(device)) == expected

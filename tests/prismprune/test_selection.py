@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,7 @@ from prismprune import (
     select,
     selector,
 )
-from prismprune.selection.fps import FPS_STARTS, FpsStart, farthest_points
+from prismprune.selection.fps import FPS_STARTS, FpsStart, farthest_points, one_kernel, step_by_step
 from tests.present import present
 from tests.prismprune import reference
 
@@ -301,6 +305,58 @@ def test_cuda_selects_what_the_cpu_selects(method: str, dtype: torch.dtype) -> N
     on_cpu = chosen(attention, features, 64, method)
     on_cuda = chosen(attention.cuda(), features.cuda(), 64, method)
     assert torch.equal(on_cpu.indices, on_cuda.indices.cpu())
+
+
+KERNEL = """
+import torch
+from prismprune.selection.fps import step_by_step
+from prismprune.selection.fps_kernel import spread
+torch.manual_seed(0)
+for images, size, k in ((1, 2, 1), (3, 40, 10), (5, 128, 32), (2, 300, 299)):
+    points = torch.randn(images, size, 6)
+    points[:, size // 2:] = points[:, :size - size // 2].clone()  # every distance comes twice
+    distance = torch.cdist(points, points).masked_fill(torch.eye(size, dtype=torch.bool), -torch.inf)
+    first = torch.randint(size, (images,))
+    assert torch.equal(spread(distance, first, k), step_by_step(distance, first, k)), (images, size, k)
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="this torch was built without Triton")
+def test_the_kernel_picks_what_the_steps_pick() -> None:
+    """By Triton's interpreter, which needs no GPU; ties included."""
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_a_kernel_the_steps_are_taken(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No Triton, no compiler, no GPU: told once, and nothing fails."""
+    monkeypatch.setitem(sys.modules, "prismprune.selection.fps_kernel", None)
+    one_kernel.cache_clear()
+    try:
+        assert one_kernel() is one_kernel() is None
+    finally:
+        one_kernel.cache_clear()
+    (record,) = caplog.records
+    assert "one by one" in record.message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("images", "size", "k"), [(1, 5, 4), (5, 128, 32), (8, 576, 64), (1, 4096, 700)])
+def test_the_kernel_on_the_device_picks_what_the_steps_pick(images: int, size: int, k: int) -> None:
+    """Compiled, for each number of tokens that is compiled by itself."""
+    _, features = random_scores(images, 1, size, 16)
+    features[:, size // 2] = features[:, 0]
+    distance = (1 - features @ features.transpose(1, 2)).cuda()
+    distance.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    first = torch.arange(images, device="cuda") % size
+    spread = one_kernel()
+    assert spread is not None
+    assert torch.equal(spread(distance, first, k), step_by_step(distance, first, k))
 
 
 @pytest.mark.gpu
