@@ -226,11 +226,13 @@ class Prefix:
     axes: int | None
 
     @classmethod
-    def of(cls, batch: Batch, row: int, columns: slice) -> Prefix:
+    def of(cls, batch: Batch, row: int, *columns: slice) -> Prefix:
         """A copy of a row's tokens in these columns of the cache, which have no padding among them."""
-        rows = slice(row, row + 1)
-        held = [layer.tensors for layer in batch.layers]
-        layers = [(keys[rows, :, columns].clone(), values[rows, :, columns].clone()) for keys, values in held]
+
+        def copy(held: Tensor) -> Tensor:
+            return torch.cat([held[row : row + 1, :, stretch] for stretch in columns], dim=2)
+
+        layers = [(copy(keys), copy(values)) for keys, values in (layer.tensors for layer in batch.layers)]
         return cls(tuple(layers), batch.axes)
 
     @property

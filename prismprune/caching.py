@@ -81,7 +81,8 @@ class EncodingCache(ByteCache[EncodedMedia]):
     budget, the method and its options.
 
     prefixes: at most `prefix_bytes` of the keys and values of prompts, from their first token to their last
-    visual one; None for 0 bytes. A further question about cached media then has only its own words prefilled.
+    visual one, and of the texts before media that come again; None for 0 bytes. A further question about
+    cached media then has only its own words prefilled, and one after a known text no more than what follows.
     """
 
     def __init__(self, max_bytes: int, prefix_bytes: int = 0) -> None:

@@ -58,7 +58,8 @@ class WorkerSettings(BaseSettings):
     """Device memory for visual tokens kept for further questions about the same media; 0: none are kept."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Device memory for those tokens' keys and values, so that a further question has only its own words
-    prefilled; 0: none are kept. They are tens of times as large as the visual tokens alone."""
+    prefilled, and for those of system texts that come again; 0: none are kept. They are tens of times as
+    large as the visual tokens alone."""
     overlap: Literal["auto", "on", "off"] = "auto"
     """Whether media of jobs that come while others are being answered are encoded beside that, in a thread of
     their own and on CUDA a stream of their own; auto: on CUDA. On a CPU it takes cores from the answers."""

@@ -136,6 +136,44 @@ def test_a_further_question_from_kept_keys_and_values_is_answered_as_a_first(
     assert all(answer.cached_tokens for answer in answered[len(first) :])
 
 
+@pytest.mark.parametrize("budget", [None, 11])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_what_begins_with_a_kept_system_text_is_answered_as_a_first(
+    pairs: dict[str, Pair], name: str, budget: int | None
+) -> None:
+    """Texts of two lengths before media of all kinds, all at once; further questions behind them as well."""
+    vlm = pairs[name].vlm
+    session = vlm.session(EncodingCache(2**24, prefix_bytes=2**26))
+    systems = [f"{'Look at what is shown. ' * repeats}Say little." for repeats in (2, 3)]
+
+    def ask(texts: tuple[str, ...]) -> None:
+        requests = [
+            VisualRequest(
+                tuple(media),
+                texts,
+                TokenBudget(budget),
+                generation=GenerationOptions(max_new_tokens=LENGTH, system=systems[number % 2]),
+                media_key=(name, label),
+            )
+            for number, (label, media) in enumerate(MEDIA[name].items())
+        ]
+        pending = session.ask(requests)
+        while session.pending:
+            session.step()
+        for one, request in zip(pending, requests, strict=True):
+            fresh = [answer.token_ids for answer in vlm.answer_batch([request])[0]]
+            assert [answer.token_ids for answer in session.answers(one)] == fresh
+
+    for system in systems * 2:
+        options = GenerationOptions(max_new_tokens=1, system=system)
+        media = tuple(MEDIA[name]["wide"])
+        session.ask([VisualRequest(media, (QUESTION,), TokenBudget(budget), generation=options)])
+        while session.pending:
+            session.step()
+    for texts in ((QUESTION,), ("And what else?",), (QUESTION, "Why?")):
+        ask(texts)
+
+
 @pytest.mark.parametrize(("name", "media"), CASES)
 def test_pruned_prefill_and_decoding_are_one_full_forward(
     pairs: dict[str, Pair], name: str, media: str

@@ -16,9 +16,10 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from prismprune.decoding import Decoder, similar_lengths
+from prismprune.decoding import Decoder
 from prismprune.errors import InvalidOptionError
 from prismprune.generation import Generated, GenerationOptions, Prompt, TextStream
+from prismprune.prefill import similar_lengths
 from tests.prismprune.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count, islice, pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from prismprune import GenerationOptions, InvalidOptionError, TokenBudget, Visua
 from prismprune.batches import ROOM, Batch, Prefix, RoomyLayer, joined, roomy_cache
 from prismprune.caching import EncodingCache
 from prismprune.media import Picture
+from prismprune.prefill import NOTED, Openings
 from prismprune.session import Asked, Pending, Session
 from tests.present import present
 from tests.prismprune.tiny import picture
@@ -266,8 +268,8 @@ def test_a_prefix_that_cannot_be_kept_is_not_copied(vlm: PrunedVLM, monkeypatch:
     """The copy may be what memory is too short for."""
     copies = list[Prefix]()
 
-    def copied(batch: Batch, row: int, columns: slice) -> Prefix:
-        copies.append(of(batch, row, columns))
+    def copied(batch: Batch, row: int, *columns: slice) -> Prefix:
+        copies.append(of(batch, row, *columns))
         return copies[-1]
 
     of = Prefix.of
@@ -276,6 +278,73 @@ def test_a_prefix_that_cannot_be_kept_is_not_copied(vlm: PrunedVLM, monkeypatch:
     (kept,) = copies
     prefilled(vlm, vlm.session(EncodingCache(2**20, prefix_bytes=kept.bytes - 1)), [request(1, key="one")])
     assert len(copies) == 1
+
+
+SYSTEM = "Say what you see in as few words as you can, and nothing besides."
+
+
+def opening(vlm: PrunedVLM, pending: Pending) -> int:
+    """Tokens before the first visual one."""
+    token_ids = pending.prompts[0].token_ids
+    return int((token_ids == vlm.model.config.image_token_id).nonzero()[0])
+
+
+def test_a_system_text_that_comes_again_is_prefilled_no_more(vlm: PrunedVLM) -> None:
+    """Whatever media follow it, named or not; with the second request it is kept. Answers are as alone."""
+    session = vlm.session(EncodingCache(2**20, prefix_bytes=2**20))
+    requests = [
+        request(noise, system=SYSTEM, key=key) for noise, key in enumerate(("one", None, "two", None))
+    ]
+    seen, answers = list[int](), list[tuple[int, ...]]()
+    for one in requests:
+        lengths, (pending,) = prefilled(vlm, session, [one])
+        seen += lengths
+        answers.append(session.answers(pending)[0].token_ids)
+    whole = len(pending.prompts[0].token_ids)
+    assert seen == [whole, whole, whole - opening(vlm, pending), whole - opening(vlm, pending)]
+    assert answers == [vlm.answer_batch([one])[0][0].token_ids for one in requests]
+    seen, (pending,) = prefilled(vlm, session, [request(2, "Why?", system=SYSTEM, key="two")])
+    assert seen == [words(vlm, pending)]
+
+
+def test_questions_about_new_media_begin_with_a_known_system_text(vlm: PrunedVLM) -> None:
+    """Several about the same: what they share is run from there, once."""
+    session = vlm.session(EncodingCache(2**20, prefix_bytes=2**20))
+    for noise in (1, 2):
+        prefilled(vlm, session, [request(noise, system=SYSTEM)])
+    both = replace(request(3, system=SYSTEM), questions=QUESTIONS[:2])
+    seen, (pending,) = prefilled(vlm, session, [both])
+    assert seen[0] == 5
+    fresh = vlm.answer_batch([both])[0]
+    assert [answer.token_ids for answer in session.answers(pending)] == [one.token_ids for one in fresh]
+
+
+@pytest.mark.parametrize(
+    ("system", "bytes_", "question"),
+    [(None, 2**20, "What?"), (SYSTEM, 1000, "What?"), (SYSTEM, 2**20, "And then? " * 200)],
+)
+def test_what_is_short_or_too_large_before_media_is_not_kept(
+    vlm: PrunedVLM, system: str | None, bytes_: int, question: str
+) -> None:
+    """A template's own few tokens, more than the cache holds, or little of the prompt."""
+    session = vlm.session(EncodingCache(2**20, prefix_bytes=bytes_))
+    for noise in range(4):
+        seen, (pending,) = prefilled(vlm, session, [request(noise, question, system=system)])
+        assert seen == [len(pending.prompts[0].token_ids)]
+
+
+def test_texts_of_one_request_each_keep_nothing(vlm: PrunedVLM) -> None:
+    """However many come: what is known of them is bounded, too."""
+    cache = EncodingCache(0, prefix_bytes=2**20)
+    openings = Openings(present(cache.prefixes))
+    assert not any(openings.wants(str(number).encode(), 1) for number in range(2 * NOTED))
+    assert len(openings._noted) == NOTED
+    assert openings.wants(str(2 * NOTED - 1).encode(), 1)
+    assert not openings.wants(b"0", 1)
+    session = vlm.session(cache)
+    for noise in range(3):
+        prefilled(vlm, session, [request(noise, system=f"{noise} {SYSTEM}")])
+    assert cache.bytes == 0
 
 
 def test_rows_that_leave_take_their_room_with_them() -> None:

@@ -1,0 +1,277 @@
+"""Prompts into keys and values: what several share is computed once, and what was computed before is not.
+
+Two beginnings are kept. A prompt's tokens up to its last visual one serve further questions about the same
+media; its opening, the text before its first visual one, serves whoever says the same, whatever is shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict, defaultdict
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import pad
+
+from prismprune.batches import Batch, Prefix, joined, roomy_cache
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from prismprune.caching import ByteCache
+    from prismprune.decoding import Decoder
+    from prismprune.generation import Prompt
+
+SIMILAR = 0.75
+"""Prompts are prefilled together while the shortest has this share of the longest: padding is work, too."""
+CPU_PREFILL_TOKENS = 640
+"""Of several prompts together, on a CPU: so many fill it, and what more of them compute leaves its caches.
+Eight prompts of 585 tokens took a tenth longer together than one by one."""
+LEAST_OPENING = 16
+"""Tokens. What a chat template writes by itself is mostly shorter, and not worth a pass of its own size."""
+LEAST_SHARE = 0.1
+"""Of a prompt: what comes behind a beginning needs a mask of its own, which takes what a shorter one saves
+(`benchmarks/system_text.py`)."""
+NOTED = 256
+"""Openings of which it is known that they have come once."""
+
+
+class Openings:
+    """Keys and values of openings, kept from the second time on that one comes.
+
+    A text of one request alone would only drive out what others use again.
+    """
+
+    def __init__(self, prefixes: ByteCache[Prefix]) -> None:
+        self._prefixes = prefixes
+        self._noted: OrderedDict[bytes, None] = OrderedDict()
+
+    def get(self, opening: bytes) -> Prefix | None:
+        """What is kept of that opening."""
+        return self._prefixes.get((Openings, opening))
+
+    def wants(self, opening: bytes, size: int) -> bool:
+        """Whether an entry of so many bytes should be made of it now; notes that it has come."""
+        again = opening in self._noted
+        self._noted[opening] = None
+        self._noted.move_to_end(opening)
+        if len(self._noted) > NOTED:
+            self._noted.popitem(last=False)
+        return again and self._prefixes.takes(size)
+
+    def put(self, opening: bytes, prefix: Prefix) -> None:
+        """Keep it."""
+        self._prefixes.put((Openings, opening), prefix)
+
+
+class Prefill:
+    """Runs prompts through the model, what several share once, and nothing of what is known before.
+
+    A prompt has a prefix if another one of them shows the very same visuals, or an earlier one showed media
+    of its key. Those without are run from their opening on, if that is known, or whole, and the prefix of one
+    with a key is kept.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Prompt],
+        known: ByteCache[Prefix] | None,
+        openings: Openings | None,
+    ) -> None:
+        self._decoder = decoder
+        self._prompts = prompts
+        self._known = known
+        self._openings = openings
+        self._lengths = [decoder.prefix_length(prompt) for prompt in prompts]
+
+    def run(self) -> tuple[Batch, Tensor]:
+        """The prompts' batch, and logits [B, vocabulary] of their first tokens."""
+        begun = self._prefixes()
+        opened = {
+            row: opening
+            for row in range(len(self._prompts))
+            if row not in begun and (opening := self._opening(row)) is not None
+        }
+        starts = {row: prefix.length for row, prefix in (begun | opened).items()}
+        rests = {row: len(prompt.token_ids) - starts.get(row, 0) for row, prompt in enumerate(self._prompts)}
+        most_tokens = CPU_PREFILL_TOKENS if self._decoder.model.device.type == "cpu" else math.inf
+        whole = {row: rest for row, rest in rests.items() if row not in starts}
+        parts = [(rows, *self._computed(rows, [])) for rows in similar_lengths(whole, most_tokens)]
+        parts += [
+            (rows, *self._computed(rows, [opened[row] for row in rows]))
+            for rows in similar_lengths({row: rests[row] for row in opened}, most_tokens)
+        ]
+        # These rests are short: a run reads every weight for them, which costs more than padding.
+        parts += [
+            (rows, *self._behind([begun[row] for row in rows], rows, visuals=False))
+            for rows in similar_lengths({row: rests[row] for row in begun}, most_tokens, similar=0)
+        ]
+        places = [rows for rows, *_ in parts]
+        order = torch.tensor([row for rows in places for row in rows]).argsort()
+        logits = torch.cat([own for *_, own in parts])[order.to(self._decoder.model.device)]
+        return joined([part for _, part, _ in parts], places), logits
+
+    def _prefixes(self) -> dict[int, Prefix]:
+        """Of the rows that have one."""
+        alike: dict[Hashable, list[int]] = defaultdict(list)
+        for row, prompt in enumerate(self._prompts):
+            alike[tuple(map(id, prompt.visuals)), self._begins(row)].append(row)
+        begun: dict[int, Prefix] = {}
+        for rows in alike.values():
+            if not self._lengths[rows[0]]:
+                continue
+            prefix = self._remembered(rows[0])
+            if prefix is None and len(rows) > 1:
+                prefix = self._shared(rows[0])
+            if prefix is not None:
+                begun |= dict.fromkeys(rows, prefix)
+        return begun
+
+    def _begins(self, row: int) -> bytes:
+        return self._ids(row, self._lengths[row])
+
+    def _ids(self, row: int, length: int) -> bytes:
+        return self._prompts[row].token_ids[:length].numpy().tobytes()
+
+    def _key(self, row: int) -> Hashable | None:
+        """What the prefix of that row is cached by, where it is."""
+        key = self._prompts[row].media_key
+        return None if key is None or self._known is None else (key, self._begins(row))
+
+    def _remembered(self, row: int) -> Prefix | None:
+        key = self._key(row)
+        return None if key is None or self._known is None else self._known.get(key)
+
+    def _remember(self, row: int, prefix: Prefix) -> None:
+        key = self._key(row)
+        if key is not None and self._known is not None:
+            self._known.put(key, prefix)
+
+    def _keeps(self, row: int, batch: Batch) -> bool:
+        """Whether a copy of that row's prefix would be kept: one that is too large is not made."""
+        if not self._lengths[row] or self._key(row) is None or self._known is None:
+            return False
+        return self._known.takes(batch.token_bytes * self._lengths[row])
+
+    def _opening(self, row: int) -> Prefix | None:
+        """What is kept of that row's opening."""
+        length = self._opening_length(row)
+        return self._openings.get(self._ids(row, length)) if self._openings is not None and length else None
+
+    def _opening_length(self, row: int) -> int:
+        """Its tokens; 0 where they are too few to gain anything."""
+        prompt = self._prompts[row]
+        length = self._decoder.opening_length(prompt)
+        return length if length >= max(LEAST_OPENING, LEAST_SHARE * len(prompt.token_ids)) else 0
+
+    def _shared(self, row: int) -> Prefix:
+        """The prefix of that row, which others have as well."""
+        length, opening = self._lengths[row], self._opening(row)
+        beginning = self._prompts[row].beginning(length)
+        before = None if opening is None else opening.batch(beginning.following)
+        batch, _ = _extended(self._decoder, before, [beginning], [0 if opening is None else opening.length])
+        prefix = Prefix.of(batch, 0, slice(0, length))
+        self._remember(row, prefix)
+        return prefix
+
+    def _computed(self, rows: Sequence[int], openings: Sequence[Prefix]) -> tuple[Batch, Tensor]:
+        """Rows behind their openings, or whole where none is given; keeps what others may begin with."""
+        if openings:
+            batch, logits = self._behind(openings, rows, visuals=True)
+        else:
+            batch, logits = _extended(
+                self._decoder, None, [self._prompts[row] for row in rows], [0] * len(rows)
+            )
+        starts = [opening.length for opening in openings] or [0] * len(rows)
+        for place, row in enumerate(rows):
+            tokens = len(self._prompts[row].token_ids)
+            first = partial(_stretches, batch.mask.shape[1], starts, place, tokens)
+            if self._keeps(row, batch):
+                self._remember(row, Prefix.of(batch, place, *first(self._lengths[row])))
+            length = self._opening_length(row)
+            if self._openings is not None and length and not openings:
+                opening = self._ids(row, length)
+                if self._openings.wants(opening, batch.token_bytes * length):
+                    self._openings.put(opening, Prefix.of(batch, place, *first(length)))
+        return batch, logits
+
+    def _behind(
+        self, prefixes: Sequence[Prefix], rows: Sequence[int], *, visuals: bool
+    ) -> tuple[Batch, Tensor]:
+        prompts = [self._prompts[row] for row in rows]
+        pairs = zip(prefixes, prompts, strict=True)
+        batch = joined([prefix.batch(prompt.following) for prefix, prompt in pairs])
+        starts = [prefix.length for prefix in prefixes]
+        return _extended(self._decoder, batch, prompts, starts, visuals=visuals)
+
+
+def _stretches(width: int, starts: Sequence[int], place: int, tokens: int, length: int) -> list[slice]:
+    """Columns of the first `length` of the `tokens` of a batch's row, which has `width` columns.
+
+    What was there before its start ends where that of all rows ends, the others where the batch does.
+    """
+    start, known = starts[place], max(starts)
+    begins_at = width - (tokens - start)
+    behind = slice(begins_at, begins_at + length - start)
+    return [slice(known - start, known), behind] if start else [behind]
+
+
+def _extended(
+    decoder: Decoder,
+    batch: Batch | None,
+    prompts: Sequence[Prompt],
+    starts: Sequence[int],
+    *,
+    visuals: bool = True,
+) -> tuple[Batch, Tensor]:
+    """Feed each prompt's tokens from its start on, into a new batch if there is none; its rows' next logits.
+
+    visuals: whether all of them lie behind the starts; else none does.
+    """
+    device = decoder.model.device
+    longest = max(len(prompt.token_ids) - start for prompt, start in zip(prompts, starts, strict=True))
+    # Any token serves as padding, as nothing attends to it, but for a placeholder, which would be filled.
+    filler = int(prompts[0].token_ids[-1])
+    ids, mask, positions = [], [], []
+    for prompt, start in zip(prompts, starts, strict=True):
+        own = prompt.token_ids[start:]
+        missing = (longest - len(own), 0)
+        ids.append(pad(own, missing, value=filler))
+        mask.append(pad(torch.ones_like(own), missing))
+        positions.append(pad(prompt.positions[..., start:], missing))
+    axes = len(prompts[0].positions) if prompts[0].positions.ndim > 1 else None
+    if batch is None:
+        empty = torch.empty(len(prompts), 0, dtype=torch.long, device=device)
+        following = torch.tensor([prompt.following for prompt in prompts], device=device)
+        batch = Batch(roomy_cache(), empty, following, axes)
+    shown = [visual for prompt in prompts for visual in prompt.visuals] if visuals else []
+    visual_inputs = decoder.visual_inputs(shown) if shown else {}
+    logits = decoder.extend(
+        batch,
+        torch.stack(ids).to(device),
+        torch.stack(mask).to(device),
+        torch.stack(positions, dim=-2).to(device),
+        visual_inputs,
+    )
+    return batch, logits
+
+
+def similar_lengths(
+    lengths: Mapping[int, int], most_tokens: float = math.inf, similar: float = SIMILAR
+) -> list[list[int]]:
+    """Groups of rows (row: length), in order, whose shortest has at least `similar` of its longest.
+
+    Only a row by itself has more than `most_tokens`; those of a group count as long as its longest.
+    """
+    groups: list[list[int]] = []
+    for row in sorted(lengths, key=lambda row: lengths[row]):
+        group, length = groups[-1] if groups else [], lengths[row]
+        if group and lengths[group[0]] >= similar * length and (len(group) + 1) * length <= most_tokens:
+            group.append(row)
+        else:
+            groups.append([row])
+    return [sorted(group) for group in groups]
