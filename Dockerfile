@@ -4,7 +4,8 @@
 #   docker build --target worker -t prismprune/worker:0.1.0 .
 #
 # PIP_ARGS: options for pip, such as another index or one with CPU-only builds of torch. REVISION: the commit,
-# shown by /version. PYTHON_IMAGE: the base; pin it by digest where builds must be the same for ever.
+# shown by /version. PYTHON_IMAGE: the base; pin it by digest where builds must be the same for ever. APT_PACKAGES:
+# Debian's packages for the worker; with "gcc libc6-dev" Triton can build a kernel on a GPU (docs/operations.md).
 ARG PYTHON_IMAGE=docker.io/library/python:3.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS base
@@ -49,6 +50,9 @@ HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python3", "-c",
 ENTRYPOINT ["python3", "-m", "service"]
 
 FROM base AS worker
+ARG APT_PACKAGES=""
+RUN if [ -n "${APT_PACKAGES}" ]; then apt-get update && apt-get install --yes --no-install-recommends ${APT_PACKAGES} \
+ && rm -rf /var/lib/apt/lists/*; fi
 ENV PRISM_METRICS_HOST=0.0.0.0 PRISM_WORKER_METRICS_PORT=9101 \
     PRISM_CACHE_DIR=/cache/prismprune HF_HOME=/cache/huggingface
 COPY --from=build-worker /opt/prism /opt/prism

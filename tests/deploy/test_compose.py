@@ -215,4 +215,6 @@ def test_the_gpu_override_gives_the_worker_one_gpu(compose: Compose) -> None:
     (device,) = worker["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert worker["environment"]["PRISM_DEVICE"] == "cuda"
+    assert "gcc" in worker["build"]["args"]["APT_PACKAGES"].split()
+    assert "ARG APT_PACKAGES" in stage("worker")
     assert "${PRISM_MODEL:?" in (ROOT / "docker-compose.gpu.yml").read_text()
