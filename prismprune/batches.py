@@ -100,7 +100,7 @@ def _placed(parts: Sequence[Tensor], places: Sequence[Sequence[int]], length: in
     room = parts[0].new_empty(sum(map(len, places)), heads, length + ROOM, width)
     for part, rows in zip(parts, places, strict=True):
         missing, first = length - part.shape[2], 0
-        for run in runs(rows):
+        for run in _runs(rows):
             here = slice(run[0], run[-1] + 1)
             room[here, :, :missing] = 0  # what is masked must still be a number
             room[here, :, missing:length] = part[first : first + len(run)]
@@ -108,10 +108,10 @@ def _placed(parts: Sequence[Tensor], places: Sequence[Sequence[int]], length: in
     return room
 
 
-def runs(places: Sequence[int]) -> list[list[int]]:
+def _runs(places: Sequence[int]) -> list[list[int]]:
     """`places` cut into stretches that count up by one, each of which is copied at once.
 
-    Two layers' worth of single rows would keep a GPU waiting longer than a decoding step takes.
+    Row by row, in every layer, a GPU waits longer for the copies to be launched than a decoding step takes.
     """
     stretches: list[list[int]] = []
     for place in places:
