@@ -360,6 +360,15 @@ def test_the_kernel_on_the_device_picks_what_the_steps_pick(images: int, size: i
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="a single GPU")
+def test_the_kernel_runs_where_its_tensors_are() -> None:
+    """Not on the current device."""
+    attention, features = random_scores(2, 4, 64, 16)
+    on_second = select(attention.to("cuda:1"), features.to("cuda:1"), 16)
+    assert torch.equal(on_second.indices.cpu(), select(attention, features, 16).indices)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("start", FPS_STARTS)
 def test_farthest_point_sampling_never_waits_for_the_device(start: FpsStart) -> None:
     """Torch raises where a step would, on a clip's frames at once."""
