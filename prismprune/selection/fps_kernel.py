@@ -20,9 +20,7 @@ def spread(distance: Tensor, first: Tensor, k: int) -> Tensor:
     images, size, _ = distance.shape
     picks = torch.empty(images, k, dtype=torch.long, device=distance.device)
     block = max(LEAST_BLOCK, triton.next_power_of_2(size))
-    with torch.cuda.device_of(
-        distance
-    ):  # where Triton launches is the current device
+    with torch.cuda.device_of(distance):  # where Triton launches is the current device
         _spread[(images,)](distance.contiguous(), first.contiguous(), picks, size, k, BLOCK=block)
     return picks
 
