@@ -125,7 +125,7 @@ def encode_pixels(
     _select(family, requests, parts)
     select = watch.lap()
     visuals = _arrange(family, parts)
-    vision_ms = watch.lap_ms() + vision.ms
+    vision_ms = watch.lap_ms() + vision.ms  # by now all is done: another stream may be the next to read it
     shared = Timings(preprocess_ms=preprocess_ms, vision_ms=vision_ms, select_ms=select.ms)
     return [_encoded(*one, shared) for one in zip(requests, parts, visuals, strict=True)]
 
