@@ -196,6 +196,13 @@ def plotted(file: Path) -> Iterator[Axes]:
     figure.savefig(file)
 
 
+def draw_lines(axes: Axes, rows: Sequence[Mapping[str, Any]], *, by: str, x: str, y: str) -> None:
+    """The medians of `y` over `x`, a line for each value of `by`."""
+    for label in dict.fromkeys(row[by] for row in rows):
+        own = [row for row in rows if row[by] == label]
+        axes.plot([row[x] for row in own], [row[y]["median"] for row in own], marker="o", label=str(label))
+
+
 def markdown(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table."""
     lines = [header, ["---"] * len(header), *rows]

@@ -26,6 +26,7 @@ import torch
 
 from benchmarks._measure import (
     Spread,
+    draw_lines,
     in_turns,
     markdown,
     options,
@@ -224,14 +225,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Times the baseline's rate over clients, a line a side."""
     with plotted(file) as axes:
-        for side in dict.fromkeys(one["side"] for one in rows):
-            own = [one for one in rows if one["side"] == side]
-            axes.plot(
-                [one["clients"] for one in own],
-                [one["rate"]["median"] for one in own],
-                marker="o",
-                label=side,
-            )
+        draw_lines(axes, rows, by="side", x="clients", y="rate")
         axes.set(
             xscale="log", xlabel="clients", ylabel="times transformers' requests a second", ylim=(0, None)
         )

@@ -22,6 +22,7 @@ import torch
 from benchmarks._measure import (
     CLOCKS,
     Spread,
+    draw_lines,
     in_turns,
     markdown,
     options,
@@ -155,11 +156,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Time of all questions over their number, a line a way."""
     with plotted(file) as axes:
-        for way in WAYS:
-            own = [row for row in rows if row["way"] == way]
-            axes.plot(
-                [row["questions"] for row in own], [row["of_one"]["median"] for row in own], "o-", label=way
-            )
+        draw_lines(axes, rows, by="way", x="questions", y="of_one")
         axes.set(
             xlabel="questions about one picture", ylabel="times one question", xlim=(0, None), ylim=(0, None)
         )

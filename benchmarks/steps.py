@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
+from benchmarks._measure import (
+    Spread,
+    draw_lines,
+    in_turns,
+    markdown,
+    options,
+    picture,
+    plotted,
+    publish,
+    ratios,
+)
 from benchmarks._models import GEOMETRIES, random_llava
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.loading import torch_dtype
@@ -147,14 +157,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Times as fast over rows, a line a budget."""
     with plotted(file) as axes:
-        for budget in dict.fromkeys(one["budget"] for one in rows):
-            own = [one for one in rows if one["budget"] == budget]
-            axes.plot(
-                [one["rows"] for one in own],
-                [one["faster"]["median"] for one in own],
-                marker="o",
-                label=f"{budget} tokens",
-            )
+        draw_lines(axes, rows, by="budget", x="rows", y="faster")
         axes.axhline(1, color="grey", linewidth=1, label="plain")
         axes.set(xlabel="rows", ylabel="times as fast", ylim=(0, None))
 

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
+from benchmarks._measure import (
+    Spread,
+    draw_lines,
+    in_turns,
+    markdown,
+    options,
+    picture,
+    plotted,
+    publish,
+    ratios,
+)
 from benchmarks._models import PACKED_BYTES
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.caching import EncodingCache
@@ -141,11 +151,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     """Time of a request over the words of the text, a line a budget."""
     with plotted(file) as axes:
-        for budget in dict.fromkeys(row["budget"] for row in rows):
-            own = [row for row in rows if row["budget"] == budget]
-            axes.plot(
-                [row["words"] for row in own], [row["request"]["median"] for row in own], "o-", label=budget
-            )
+        draw_lines(axes, rows, by="budget", x="words", y="request")
         axes.set(xlabel="words of the text", ylabel="times computing it", xlim=(0, None), ylim=(0, None))
 
 

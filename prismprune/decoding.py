@@ -14,7 +14,7 @@ import torch
 from prismprune.batches import Batch, joined
 from prismprune.generation import Prefilled, Row
 from prismprune.meters import Stopwatch
-from prismprune.prefill import Openings, Prefill
+from prismprune.prefill import Kept, Prefill
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Sequence
@@ -69,26 +69,17 @@ class Decoder:
         if self.replay is not None:
             self.replay.release(batch)
 
-    def prefix_length(self, prompt: Prompt) -> int:
-        """Tokens up to the last visual one: every question about the same media begins with them.
+    def beginnings(self, prompt: Prompt) -> tuple[int, int]:
+        """Tokens before the first visual one, and up to the last.
 
-        0 where there is none, or none behind it.
+        Every prompt with the same system text begins with the former, every question about the same media
+        with the latter. 0 where there is no visual one, the latter also where nothing is behind it.
         """
-        visual = self._visual(prompt)
-        length = int(visual[-1]) + 1 if len(visual) else 0
-        return length if length < len(prompt.token_ids) else 0
-
-    def opening_length(self, prompt: Prompt) -> int:
-        """Tokens before the first visual one: every prompt with the same system text begins with them.
-
-        0 where there is no visual one.
-        """
-        visual = self._visual(prompt)
-        return int(visual[0]) if len(visual) else 0
-
-    def _visual(self, prompt: Prompt) -> Tensor:
-        """Places of the visual tokens."""
-        return torch.isin(prompt.token_ids, torch.tensor(sorted(self.placeholder_ids))).nonzero()
+        visual = torch.isin(prompt.token_ids, torch.tensor(sorted(self.placeholder_ids))).nonzero()
+        if not len(visual):
+            return 0, 0
+        first, last = int(visual[0]), int(visual[-1])
+        return first, last + 1 if last + 1 < len(prompt.token_ids) else 0
 
     def generate(
         self,
@@ -125,8 +116,7 @@ class Running:
 
     def __init__(self, decoder: Decoder, prefixes: ByteCache[Prefix] | None = None) -> None:
         self._decoder = decoder
-        self._prefixes = prefixes
-        self._openings = None if prefixes is None else Openings(prefixes)
+        self._kept = None if prefixes is None else Kept(prefixes)
         self._watch = Stopwatch(decoder.model.device)
         self._now_ms = 0.0
         self._batch: Batch | None = None
@@ -145,7 +135,7 @@ class Running:
         Prompts that begin alike and show the very same `Visual`s have that beginning computed once.
         """
         began_ms = self._tick()
-        batch, logits = Prefill(self._decoder, prompts, self._prefixes, self._openings).run()
+        batch, logits = Prefill(self._decoder, prompts, self._kept).run()
         prefill_ms = self._tick() - began_ms
         rows = [
             Row(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -39,32 +40,33 @@ NOTED = 256
 """Openings of which it is known that they have come once."""
 
 
-class Openings:
-    """Keys and values of openings, kept from the second time on that one comes.
+class Kept:
+    """Beginnings of earlier prompts, with openings among them from the second time on that one comes.
 
     A text of one request alone would only drive out what others use again.
     """
 
     def __init__(self, prefixes: ByteCache[Prefix]) -> None:
-        self._prefixes = prefixes
-        self._noted: OrderedDict[bytes, None] = OrderedDict()
+        self.prefixes = prefixes
+        self._noted: OrderedDict[Hashable, None] = OrderedDict()
 
-    def get(self, opening: bytes) -> Prefix | None:
-        """What is kept of that opening."""
-        return self._prefixes.get((Openings, opening))
-
-    def wants(self, opening: bytes, size: int) -> bool:
-        """Whether an entry of so many bytes should be made of it now; notes that it has come."""
-        again = opening in self._noted
+    def again(self, opening: Hashable) -> bool:
+        """Whether it has come before; notes that it has now."""
+        known = opening in self._noted
         self._noted[opening] = None
         self._noted.move_to_end(opening)
         if len(self._noted) > NOTED:
             self._noted.popitem(last=False)
-        return again and self._prefixes.takes(size)
+        return known
 
-    def put(self, opening: bytes, prefix: Prefix) -> None:
-        """Keep it."""
-        self._prefixes.put((Openings, opening), prefix)
+
+@dataclass(frozen=True, slots=True)
+class _Beginning:
+    """The first `length` tokens of a prompt, and what they are kept by; None: they are not kept."""
+
+    length: int
+    ids: bytes
+    key: Hashable | None
 
 
 class Prefill:
@@ -75,26 +77,32 @@ class Prefill:
     with a key is kept.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        prompts: Sequence[Prompt],
-        known: ByteCache[Prefix] | None,
-        openings: Openings | None,
-    ) -> None:
+    def __init__(self, decoder: Decoder, prompts: Sequence[Prompt], kept: Kept | None) -> None:
         self._decoder = decoder
         self._prompts = prompts
-        self._known = known
-        self._openings = openings
-        self._lengths = [decoder.prefix_length(prompt) for prompt in prompts]
+        self._kept = kept
+        both = [self._beginnings(prompt) for prompt in prompts]
+        self._openings = [opening for opening, _ in both]
+        self._prefixes = [prefix for _, prefix in both]
+
+    def _beginnings(self, prompt: Prompt) -> tuple[_Beginning, _Beginning]:
+        """Its opening, and its tokens up to the last visual one."""
+        before, until = self._decoder.beginnings(prompt)
+        opening, prefix = (prompt.token_ids[:length].numpy().tobytes() for length in (before, until))
+        worth = before >= max(LEAST_OPENING, LEAST_SHARE * len(prompt.token_ids))
+        named = until and prompt.media_key is not None
+        return (
+            _Beginning(before, opening, (Kept, opening) if worth else None),
+            _Beginning(until, prefix, (prompt.media_key, prefix) if named else None),
+        )
 
     def run(self) -> tuple[Batch, Tensor]:
         """The prompts' batch, and logits [B, vocabulary] of their first tokens."""
-        begun = self._prefixes()
+        begun = self._begun()
         opened = {
             row: opening
-            for row in range(len(self._prompts))
-            if row not in begun and (opening := self._opening(row)) is not None
+            for row, own in enumerate(self._openings)
+            if row not in begun and (opening := self._find(own)) is not None
         }
         starts = {row: prefix.length for row, prefix in (begun | opened).items()}
         rests = {row: len(prompt.token_ids) - starts.get(row, 0) for row, prompt in enumerate(self._prompts)}
@@ -115,67 +123,48 @@ class Prefill:
         logits = torch.cat([own for *_, own in parts])[order.to(self._decoder.model.device)]
         return joined([part for _, part, _ in parts], places), logits
 
-    def _prefixes(self) -> dict[int, Prefix]:
-        """Of the rows that have one."""
+    def _begun(self) -> dict[int, Prefix]:
+        """The prefixes of the rows that have one."""
         alike: dict[Hashable, list[int]] = defaultdict(list)
         for row, prompt in enumerate(self._prompts):
-            alike[tuple(map(id, prompt.visuals)), self._begins(row)].append(row)
+            alike[tuple(map(id, prompt.visuals)), self._prefixes[row].ids].append(row)
         begun: dict[int, Prefix] = {}
         for rows in alike.values():
-            if not self._lengths[rows[0]]:
+            own = self._prefixes[rows[0]]
+            if not own.length:
                 continue
-            prefix = self._remembered(rows[0])
+            prefix = self._find(own)
             if prefix is None and len(rows) > 1:
                 prefix = self._shared(rows[0])
             if prefix is not None:
                 begun |= dict.fromkeys(rows, prefix)
         return begun
 
-    def _begins(self, row: int) -> bytes:
-        return self._ids(row, self._lengths[row])
+    def _find(self, beginning: _Beginning) -> Prefix | None:
+        """What is kept of it."""
+        if beginning.key is None or self._kept is None:
+            return None
+        return self._kept.prefixes.get(beginning.key)
 
-    def _ids(self, row: int, length: int) -> bytes:
-        return self._prompts[row].token_ids[:length].numpy().tobytes()
+    def _keep(self, beginning: _Beginning, batch: Batch, place: int, columns: Sequence[slice]) -> None:
+        """A copy from those columns of a batch's row; of one that is too large none is made."""
+        if beginning.key is None or self._kept is None:
+            return
+        if self._kept.prefixes.takes(batch.token_bytes * beginning.length):
+            self._kept.prefixes.put(beginning.key, Prefix.of(batch, place, *columns))
 
-    def _key(self, row: int) -> Hashable | None:
-        """What the prefix of that row is cached by, where it is."""
-        key = self._prompts[row].media_key
-        return None if key is None or self._known is None else (key, self._begins(row))
-
-    def _remembered(self, row: int) -> Prefix | None:
-        key = self._key(row)
-        return None if key is None or self._known is None else self._known.get(key)
-
-    def _remember(self, row: int, prefix: Prefix) -> None:
-        key = self._key(row)
-        if key is not None and self._known is not None:
-            self._known.put(key, prefix)
-
-    def _keeps(self, row: int, batch: Batch) -> bool:
-        """Whether a copy of that row's prefix would be kept: one that is too large is not made."""
-        if not self._lengths[row] or self._key(row) is None or self._known is None:
-            return False
-        return self._known.takes(batch.token_bytes * self._lengths[row])
-
-    def _opening(self, row: int) -> Prefix | None:
-        """What is kept of that row's opening."""
-        length = self._opening_length(row)
-        return self._openings.get(self._ids(row, length)) if self._openings is not None and length else None
-
-    def _opening_length(self, row: int) -> int:
-        """Its tokens; 0 where they are too few to gain anything."""
-        prompt = self._prompts[row]
-        length = self._decoder.opening_length(prompt)
-        return length if length >= max(LEAST_OPENING, LEAST_SHARE * len(prompt.token_ids)) else 0
+    def _comes_again(self, opening: _Beginning) -> bool:
+        return opening.key is not None and self._kept is not None and self._kept.again(opening.key)
 
     def _shared(self, row: int) -> Prefix:
         """The prefix of that row, which others have as well."""
-        length, opening = self._lengths[row], self._opening(row)
-        beginning = self._prompts[row].beginning(length)
+        own, opening = self._prefixes[row], self._find(self._openings[row])
+        beginning = self._prompts[row].beginning(own.length)
         before = None if opening is None else opening.batch(beginning.following)
         batch, _ = _extended(self._decoder, before, [beginning], [0 if opening is None else opening.length])
-        prefix = Prefix.of(batch, 0, slice(0, length))
-        self._remember(row, prefix)
+        prefix = Prefix.of(batch, 0, slice(0, own.length))
+        if own.key is not None and self._kept is not None:
+            self._kept.prefixes.put(own.key, prefix)
         return prefix
 
     def _computed(self, rows: Sequence[int], openings: Sequence[Prefix]) -> tuple[Batch, Tensor]:
@@ -183,20 +172,16 @@ class Prefill:
         if openings:
             batch, logits = self._behind(openings, rows, visuals=True)
         else:
-            batch, logits = _extended(
-                self._decoder, None, [self._prompts[row] for row in rows], [0] * len(rows)
-            )
+            prompts = [self._prompts[row] for row in rows]
+            batch, logits = _extended(self._decoder, None, prompts, [0] * len(rows))
         starts = [opening.length for opening in openings] or [0] * len(rows)
         for place, row in enumerate(rows):
+            prefix, opening = self._prefixes[row], self._openings[row]
             tokens = len(self._prompts[row].token_ids)
             first = partial(_stretches, batch.mask.shape[1], starts, place, tokens)
-            if self._keeps(row, batch):
-                self._remember(row, Prefix.of(batch, place, *first(self._lengths[row])))
-            length = self._opening_length(row)
-            if self._openings is not None and length and not openings:
-                opening = self._ids(row, length)
-                if self._openings.wants(opening, batch.token_bytes * length):
-                    self._openings.put(opening, Prefix.of(batch, place, *first(length)))
+            self._keep(prefix, batch, place, first(prefix.length))
+            if not openings and self._comes_again(opening):
+                self._keep(opening, batch, place, first(opening.length))
         return batch, logits
 
     def _behind(

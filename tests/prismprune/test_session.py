@@ -19,7 +19,7 @@ from prismprune import GenerationOptions, InvalidOptionError, TokenBudget, Visua
 from prismprune.batches import ROOM, Batch, Prefix, RoomyLayer, joined, roomy_cache
 from prismprune.caching import EncodingCache
 from prismprune.media import Picture
-from prismprune.prefill import NOTED, Openings
+from prismprune.prefill import NOTED, Kept
 from prismprune.session import Asked, Pending, Session
 from tests.present import present
 from tests.prismprune.tiny import picture
@@ -336,11 +336,11 @@ def test_what_is_short_or_too_large_before_media_is_not_kept(
 def test_texts_of_one_request_each_keep_nothing(vlm: PrunedVLM) -> None:
     """However many come: what is known of them is bounded, too."""
     cache = EncodingCache(0, prefix_bytes=2**20)
-    openings = Openings(present(cache.prefixes))
-    assert not any(openings.wants(str(number).encode(), 1) for number in range(2 * NOTED))
-    assert len(openings._noted) == NOTED
-    assert openings.wants(str(2 * NOTED - 1).encode(), 1)
-    assert not openings.wants(b"0", 1)
+    kept = Kept(present(cache.prefixes))
+    assert not any(kept.again(number) for number in range(2 * NOTED))
+    assert len(kept._noted) == NOTED
+    assert kept.again(2 * NOTED - 1)
+    assert not kept.again(0)
     session = vlm.session(cache)
     for noise in range(3):
         prefilled(vlm, session, [request(noise, system=f"{noise} {SYSTEM}")])
