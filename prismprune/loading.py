@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from prismprune.cpu_products import use_onednn
+from prismprune.cpu_products import use_cpu_products
 from prismprune.errors import InvalidOptionError, UnknownModelError
 from prismprune.families import family_of
 from prismprune.hub import origin_of
@@ -58,8 +58,8 @@ def load_checkpoint(
     "cuda", "cuda:1", ...; "auto" is CUDA where there is one. quantization: None, "int8", "nf4" or
     a `Quantization`, of the language model's layers only unless it says more. layout: how visual tokens are
     packed, one of the family's `layouts`; None: as transformers does. packed_bytes: how much copies of the
-    float32 weights in the order of a CPU's kernels may take, for faster products; the copies do not notice
-    weights that are changed through `.data` later (see `cpu_products`).
+    weights as a CPU's kernels like them may take, for faster products; the copies do not notice weights that
+    are changed through `.data` later (see `cpu_products`).
 
     Raises `UnknownModelError` for a name that leads to no checkpoint or a family without an adapter,
     `InvalidOptionError` for an option out of its range or one that this machine cannot do.
@@ -82,7 +82,7 @@ def load_checkpoint(
             "checkpoint, nor a hub id that can be reached from here or is in the hub's cache."
         ) from error
     if where.type == "cpu":
-        use_onednn(model, packed_bytes)
+        use_cpu_products(model, packed_bytes, family.outside)
         if quantized is not None and quantized.kind == "nf4":
             _pack_only_what_fits(model)
     end_ids = _end_ids(model.generation_config, processor.tokenizer)

@@ -34,9 +34,10 @@ class WorkerSettings(BaseSettings):
     quantize_also: Annotated[tuple[str, ...], NoDecode] = ()
     """What is quantized besides the language model's layers: `vision`, `projector`, `head`."""
     packed_weights_bytes: Annotated[int, Field(ge=0)] = 2 * 2**30
-    """Memory for copies of weights in the order of the CPU's kernels, which make products faster: as many
-    layers as it holds; 0: none. Of float32, and of bfloat16 on CPUs that have AVX512-BF16 or AMX; on other
-    devices and in other number formats nothing is copied."""
+    """Memory for copies of weights as the CPU's kernels like them, which make products faster: as many layers
+    as it holds; 0: none. First come copies in 16 bits, for decoding, of those of the language model whose
+    weights were published so, then copies in the order of oneDNN's kernels. Of float32, and of bfloat16 on
+    CPUs that have AVX512-BF16 or AMX; on other devices and in other number formats nothing is copied."""
     cuda_graph_bytes: Annotated[int, Field(ge=0)] | Literal["auto"] = "auto"
     """On CUDA: memory for keys and values in the places that recorded work is tied to; auto: a quarter of
     what the loaded model leaves free. Decoding steps, short prompts and the tower on few views are replayed

@@ -112,7 +112,7 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def _contenders(keeper: Keeper, asked: argparse.Namespace, scratch: Path) -> list[Contender]:
     """All sides, started and ready, this service once for each of its budgets."""
-    model = checkpoint(asked.cache / "checkpoint")
+    model = checkpoint(asked.cache / "checkpoint-float16")
     cores = sorted(os.sched_getaffinity(0))[: asked.threads]
     makers: dict[str, Callable[[], Rival]] = {
         "transformers": lambda: TransformersServe(str(model.transformers), asked.dtype),

@@ -3,9 +3,10 @@
     python -m benchmarks.serving.checkpoint FOLDER
 
 A CLIP-shaped ViT-S/14 at 336 pixels (12 layers, 384 wide, 576 patches) and a projector, both with random
-weights of a fixed seed, on SmolLM2-135M, the demo's language model. What is measured does not depend on what
-the answers say, as long as each is text of the asked length: so the special tokens, that which ends an answer
-among them, have rows of zeros in the tied embedding. Their logits are always 0, the likeliest token's is not.
+weights of a fixed seed, on SmolLM2-135M, the demo's language model; all in float16, the format in which
+LLaVA-1.5 is published. What is measured does not depend on what the answers say, as long as each is text of
+the asked length: so the special tokens, that which ends an answer among them, have rows of zeros in the tied
+embedding. Their logits are always 0, the likeliest token's is not.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def write(target: Checkpoint) -> None:
 
 
 def build(seed: int = 0) -> tuple[LlavaForConditionalGeneration, Any]:
-    """The model in float32, and its processor."""
+    """The model in float16, and its processor."""
     language, tokenizer = language_part()
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN], "eos_token": END_TOKEN})
     image, end = map(tokenizer.convert_tokens_to_ids, (IMAGE_TOKEN, END_TOKEN))
@@ -103,7 +104,7 @@ def build(seed: int = 0) -> tuple[LlavaForConditionalGeneration, Any]:
     model.generation_config = GenerationConfig(
         eos_token_id=end, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id
     )
-    return model, build_processor(tokenizer)
+    return model.half(), build_processor(tokenizer)
 
 
 def renamed(file: Path) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = Path(__file__).parent / "weights"
 """What this project trained: projector and low-rank adapter."""
+LANGUAGE_FORMAT = "float16"
+"""Of the language model's weights: a worker may then hold them so (`prismprune.half_weights`)."""
 # Pictures first, then the question; the answer follows at once, so that a question costs few tokens.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -48,7 +50,7 @@ def checkpoint(progress: Progress | None = None, weights: Path = WEIGHTS) -> Pat
 
 def _version(weights: Path) -> str:
     """Changes with anything that goes into the checkpoint."""
-    digest = hashlib.sha256((VISION.sha256 + LANGUAGE.sha256 + CHAT_TEMPLATE).encode())
+    digest = hashlib.sha256((VISION.sha256 + LANGUAGE.sha256 + CHAT_TEMPLATE + LANGUAGE_FORMAT).encode())
     for file in sorted(weights.iterdir()):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file
 
-from prismprune.demo import CHAT_TEMPLATE, WEIGHTS
+from prismprune.demo import CHAT_TEMPLATE, LANGUAGE_FORMAT, WEIGHTS
 from prismprune.demo.parts import LANGUAGE, VISION, Progress, fetch
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ def assemble(target: Path, weights: Path = WEIGHTS, progress: Progress | None = 
     model = build_model(vision_tower(), language, tokenizer)
     report("merging the trained weights", 3, _STEPS)
     merge(model, weights)
+    as_published(model.model.language_model)
     report("saving", 4, _STEPS)
     model.save_pretrained(target)
     build_processor(tokenizer).save_pretrained(target)
@@ -62,6 +63,13 @@ def merge(model: LlavaForConditionalGeneration, weights: Path) -> None:
     model.model.multi_modal_projector.load_state_dict(state)
     adapted = PeftModel.from_pretrained(model.model.language_model, str(weights))
     model.model.language_model = adapted.merge_and_unload()
+
+
+@torch.no_grad()
+def as_published(language: torch.nn.Module) -> None:
+    """Round the weights to `LANGUAGE_FORMAT`, as checkpoints are published; the file holds float32."""
+    for weight in language.parameters():
+        weight.copy_(weight.to(getattr(torch, LANGUAGE_FORMAT)))
 
 
 def build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:

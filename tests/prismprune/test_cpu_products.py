@@ -1,4 +1,4 @@
-"""Linear layers that multiply with oneDNN, packed or not, give what plain ones give."""
+"""Linear layers that multiply as a CPU does it best give what plain ones give, whatever copies they have."""
 
 from __future__ import annotations
 
@@ -13,13 +13,20 @@ from torch import nn
 from torch.profiler import profile
 
 from prismprune import PrunedVLM
-from prismprune.cpu_products import OneDnnLinear, available, formats, use_onednn
+from prismprune.cpu_products import (
+    FEW_ROWS,
+    CpuLinear,
+    available,
+    formats,
+    use_cpu_products,
+)
 from tests.prismprune.tiny import picture, save_tiny_llava
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 EVERYTHING = 2**40
+ONEDNN, FBGEMM = "mkldnn::_linear_pointwise", "quantized::linear_dynamic_fp16"
 pytestmark = pytest.mark.skipif(not available(), reason="oneDNN's products are used on x86 CPUs alone")
 
 
@@ -27,9 +34,9 @@ def layers(inputs: int, outputs: int, *, bias: bool, packed: bool) -> tuple[nn.L
     """A plain layer and one that multiplies with oneDNN, of the same weights."""
     plain = nn.Linear(inputs, outputs, bias=bias)
     model = nn.Sequential(copy.deepcopy(plain))
-    use_onednn(model, EVERYTHING if packed else 0)
+    use_cpu_products(model, EVERYTHING if packed else 0)
     layer = model[0]
-    assert isinstance(layer, OneDnnLinear)
+    assert isinstance(layer, CpuLinear)
     return plain, layer
 
 
@@ -70,10 +77,10 @@ def test_values_and_weights_in_any_order_of_memory(packed: bool) -> None:
 def test_the_product_is_onednns_where_no_gradient_is_wanted(packed: bool) -> None:
     _, layer = layers(16, 128, bias=False, packed=packed)
     with torch.inference_mode():
-        assert "mkldnn::_linear_pointwise" in operations(layer, torch.randn(2, 16))
+        assert ONEDNN in operations(layer, torch.randn(2, 16))
     with torch.no_grad():
-        assert "mkldnn::_linear_pointwise" in operations(layer, torch.randn(2, 16))
-    assert "mkldnn::_linear_pointwise" not in operations(layer, torch.randn(2, 16))
+        assert ONEDNN in operations(layer, torch.randn(2, 16))
+    assert ONEDNN not in operations(layer, torch.randn(2, 16))
 
 
 def test_weights_that_change_are_packed_again() -> None:
@@ -104,8 +111,83 @@ def test_a_copy_has_weights_of_its_own() -> None:
 
 def test_as_many_layers_are_packed_as_the_bytes_hold() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(8, 8), nn.Linear(8, 8))
-    use_onednn(model, 2 * 8 * 8 * 4)
+    use_cpu_products(model, 2 * 8 * 8 * 4)
     assert [layer.packed for layer in model] == [True, False, True, False]
+
+
+def in_16_bits(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    """A plain layer of weights as a checkpoint publishes them."""
+    layer = nn.Linear(inputs, outputs, dtype=dtype)
+    with torch.no_grad():
+        layer.weight.copy_(layer.weight.bfloat16())
+    return layer
+
+
+@pytest.mark.parametrize("dtype", sorted(formats(), key=str))
+def test_few_rows_take_the_weights_in_16_bits(dtype: torch.dtype) -> None:
+    """And one more takes oneDNN's: the answers are those of a plain layer on both sides."""
+    plain = in_16_bits(64, 128, dtype)
+    model = nn.Sequential(copy.deepcopy(plain))
+    use_cpu_products(model, EVERYTHING)
+    assert model[0].halved
+    assert model[0].packed
+    most = FEW_ROWS[dtype]
+    for rows, used in ((1, FBGEMM), (most, FBGEMM), (most + 1, ONEDNN)):
+        values = torch.randn(rows, 64, dtype=dtype)
+        with torch.inference_mode():
+            assert operations(model, values) & {ONEDNN, FBGEMM} == {used}
+            close = 1e-5 if dtype is torch.float32 else 2e-2
+            torch.testing.assert_close(model(values), plain(values), rtol=close, atol=close)
+
+
+def test_weights_that_16_bits_do_not_hold_have_no_such_copy() -> None:
+    model = nn.Sequential(nn.Linear(64, 128))
+    use_cpu_products(model, EVERYTHING)
+    assert not model[0].halved
+    with torch.inference_mode():
+        assert ONEDNN in operations(model, torch.randn(1, 64))
+
+
+def test_a_weight_that_changes_has_another_copy_or_none() -> None:
+    plain = in_16_bits(64, 128)
+    model = nn.Sequential(copy.deepcopy(plain))
+    use_cpu_products(model, EVERYTHING)
+    values = torch.randn(2, 64)
+    for scale, used in ((2, FBGEMM), (1.1, ONEDNN)):
+        with torch.no_grad():
+            for weight in (*plain.parameters(), *model.parameters()):
+                weight.mul_(scale)
+        with torch.inference_mode():
+            assert used in operations(model, values)
+        assert_same(model, plain, values)
+
+
+def parts_of_a_model() -> nn.ModuleDict:
+    """Of equally large layers."""
+    return nn.ModuleDict({name: in_16_bits(8, 8) for name in ("tower", "layer", "lm_head")})
+
+
+PARTS = {"vision": ("tower",), "head": ("lm_head",)}
+HALF, WHOLE = 2 * 8 * 8, 4 * 8 * 8
+
+
+@pytest.mark.parametrize(
+    ("room", "halved", "packed"),
+    [
+        (0, "", ""),
+        (HALF, "layer", ""),
+        (2 * HALF, "layer lm_head", ""),
+        (2 * HALF + WHOLE, "layer lm_head", "tower"),
+        (EVERYTHING, "layer lm_head", "tower layer"),
+    ],
+)
+def test_the_bytes_go_where_they_win_most(room: int, halved: str, packed: str) -> None:
+    """Not to few rows of a tower, which has none, nor to many of a head."""
+    model = parts_of_a_model()
+    use_cpu_products(model, room, PARTS)
+    layers = {name: layer for name, layer in model.items() if isinstance(layer, CpuLinear)}
+    assert " ".join(name for name, layer in layers.items() if layer.halved) == halved
+    assert " ".join(name for name, layer in layers.items() if layer.packed) == packed
 
 
 def test_other_number_formats_and_subclasses_are_left_alone() -> None:
@@ -113,7 +195,7 @@ def test_other_number_formats_and_subclasses_are_left_alone() -> None:
         pass
 
     model = nn.Sequential(Own(16, 128), nn.Linear(16, 128, dtype=torch.float64))
-    use_onednn(model, EVERYTHING)
+    use_cpu_products(model, EVERYTHING)
     assert [type(layer) for layer in model] == [Own, nn.Linear]
 
 
@@ -132,10 +214,10 @@ def test_a_layer_that_changes_its_format(dtype: torch.dtype) -> None:
 def test_packed_bfloat16() -> None:
     plain = nn.Linear(64, 128, dtype=torch.bfloat16)
     model = nn.Sequential(copy.deepcopy(plain))
-    use_onednn(model, EVERYTHING)
+    use_cpu_products(model, EVERYTHING)
     values = torch.randn(5, 64, dtype=torch.bfloat16)
     with torch.inference_mode():
-        assert "mkldnn::_linear_pointwise" in operations(model, values)
+        assert ONEDNN in operations(model, values)
         torch.testing.assert_close(model(values), plain(values), rtol=2e-2, atol=2e-2)
 
 
@@ -149,10 +231,17 @@ def test_gradients_are_those_of_a_plain_layer() -> None:
 
 
 @pytest.mark.parametrize("packed_bytes", [0, EVERYTHING])
-def test_a_loaded_model_uses_them_and_saves_like_any_other(tmp_path: Path, packed_bytes: int) -> None:
-    path = save_tiny_llava(tmp_path / "tiny")
+@pytest.mark.parametrize("published", [torch.float32, torch.bfloat16], ids=str)
+def test_a_loaded_model_uses_them_and_saves_like_any_other(
+    tmp_path: Path, packed_bytes: int, published: torch.dtype
+) -> None:
+    path = save_tiny_llava(tmp_path / "tiny", dtype=published)
     vlm = PrunedVLM.from_pretrained(path, packed_bytes=packed_bytes)
-    assert isinstance(vlm.model.lm_head, OneDnnLinear)
+    assert vlm.model.lm_head.halved == (published is torch.bfloat16 and packed_bytes > 0)
+    assert not any(
+        layer.halved for layer in vlm.model.model.vision_tower.modules() if isinstance(layer, CpuLinear)
+    )
+    assert isinstance(vlm.model.lm_head, CpuLinear)
     first = vlm.answer(picture(), "What is it?", 6, max_new_tokens=4)
     vlm.model.save_pretrained(tmp_path / "again")
     vlm.processor.save_pretrained(tmp_path / "again")

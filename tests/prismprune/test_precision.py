@@ -13,7 +13,7 @@ from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
 from torch import nn
 
 from prismprune import InvalidOptionError, PrunedVLM, Quantization
-from prismprune.cpu_products import OneDnnLinear
+from prismprune.cpu_products import CpuLinear
 from prismprune.families import FAMILIES
 from prismprune.planning import plan
 from prismprune.quantization import PARTS
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LAYERS = {"int8": Linear8bitLt, "nf4": Linear4bit}
-PLAIN = {nn.Linear, OneDnnLinear}
+PLAIN = {nn.Linear, CpuLinear}
 FULL = (
     "model.vision_tower",
     "model.image_tower",

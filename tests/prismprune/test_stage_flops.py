@@ -30,7 +30,7 @@ def linear_flops(values: Sequence[int], weight: Sequence[int], *_: Any, **__: An
 
 def counted(work: Callable[[], object]) -> int:
     """Operations of every matrix product that is really done."""
-    # Torch's own counter does not know the product that `OneDnnLinear` calls.
+    # Torch's own counter does not know the product that `CpuLinear` calls.
     own = {torch.ops.mkldnn._linear_pointwise: linear_flops} if available() else {}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=own) as counter:
         work()

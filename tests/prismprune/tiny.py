@@ -77,13 +77,14 @@ def save_tiny_llava(
     layer: Any = -2,
     crop: bool = False,
     widths: tuple[int, int] = (32, 64),
+    dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **config: Any,
 ) -> Path:
     """Write a model of 4 x 4 = 16 patches, 4 tower blocks and 2 language layers, and its processor.
 
     `crop`: resize the shorter edge and cut out the centre, as LLaVA-1.5 does; else resize to a square.
-    `widths`: of the language model, hidden and intermediate.
+    `widths`: of the language model, hidden and intermediate. `dtype`: of the saved weights.
     """
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
@@ -98,7 +99,7 @@ def save_tiny_llava(
             **config,
         )
     )
-    return _saved(path, model, llava_processor(tokenizer, IMAGE_SIZE, strategy, crop=crop))
+    return _saved(path, model.type(dtype), llava_processor(tokenizer, IMAGE_SIZE, strategy, crop=crop))
 
 
 def save_tiny_llava_next(path: Path, *, text: str = "llama", seed: int = 0, **config: Any) -> Path:
