@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-FEW_ROWS = {torch.float32: 48, torch.bfloat16: 3}
+FEW_ROWS = {torch.float32: 64, torch.bfloat16: 3}
 """So many rows and fewer are faster with weights in 16 bits than in oneDNN's order."""
 MANY_ROWS_ALONE = ("vision", "projector")
 """Parts of a model that never see few rows."""
