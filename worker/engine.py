@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from prismprune.encoding import EncodedMedia
     from prismprune.results import Answer
     from prismprune.session import VisualRequest
+    from worker.stops import Errand
 
 log = logging.getLogger(__name__)
 
@@ -122,12 +123,12 @@ class Ticket:
     def __post_init__(self) -> None:
         self.stop.then(self.future.cancel)  # not begun: never begins
 
-    def answered(self, meanwhile: Callable[[], None] | None = None) -> Answered:
-        """Waits, at most until the deadline; calls `meanwhile` now and then.
+    def answered(self, errand: Errand | None = None) -> Answered:
+        """Waits, at most until the deadline, and runs the `errand` between times.
 
         Raises `DeadlineExceededError`, `StoppedError`, or what the model raised.
         """
-        answered = result_within(self.future, self.stop, self.deadline, meanwhile)
+        answered = result_within(self.future, self.stop, self.deadline, errand)
         if any(answer.finish_reason == "canceled" for answer in answered.answers):
             raise DeadlineExceededError("The deadline passed before the answer was complete.")
         return answered

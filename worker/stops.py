@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from enum import Enum
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from worker.errors import DeadlineExceededError, StoppedError
 
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-MEANWHILE_S = 0.02
-"""How often a wait looks after its other business: text arrives smoothly, fifty writes a second at most."""
+REST_S = 0.02
+"""Between two errands of a wait: text arrives smoothly, fifty writes a second at most."""
 
 
 class StopReason(Enum):
@@ -60,22 +61,41 @@ class Stop:
         listener()
 
 
-def result_within(
-    future: Future[T], stop: Stop, deadline: float, meanwhile: Callable[[], None] | None = None
-) -> T:
+class Errand(Protocol):
+    """What a thread does between times while it waits for something else.
+
+    due: set, by any thread, when there is something to do. A thread that looked by itself every so often
+    would take a core from the engine's just to look, as many times as jobs wait.
+    """
+
+    due: threading.Event
+
+    def run(self) -> float:
+        """Does it. In so many seconds there is more to do though nobody says so; infinite: there is not."""
+
+
+def result_within(future: Future[T], stop: Stop, deadline: float, errand: Errand | None = None) -> T:
     """What comes of `future`, unless `stop` or the `deadline` (monotonic) comes first.
 
-    `meanwhile` is called every `MEANWHILE_S`. Raises `StoppedError`, `DeadlineExceededError`, or what the
-    future raises.
+    Runs the `errand` meanwhile, with rests of `REST_S`. Raises `StoppedError`, `DeadlineExceededError`, or
+    what the future raises.
     """
     over = threading.Event()
-    future.add_done_callback(lambda _: over.set())
-    stop.then(over.set)
-    while (left := deadline - time.monotonic()) > 0:
-        if over.wait(min(left, MEANWHILE_S) if meanwhile else left):
-            break
-        if meanwhile:
-            meanwhile()
+    due = errand.due if errand else threading.Event()
+
+    def end(*_: object) -> None:
+        over.set()
+        due.set()
+
+    future.add_done_callback(end)
+    stop.then(end)
+    again_s = math.inf
+    while not over.is_set() and (left := deadline - time.monotonic()) > 0:
+        due.wait(min(left, again_s))
+        if errand and not over.is_set():
+            due.clear()
+            again_s = errand.run()
+            over.wait(min(left, REST_S))
     if stop.reason is not None:
         raise StoppedError(stop.reason.value)
     if not future.done():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import threading
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PAUSE_S = 1.0
-"""A broker that is away is not asked fifty times a second."""
+"""A broker that is away is not asked at every token."""
 
 
 class Story:
@@ -29,6 +31,7 @@ class Story:
     """
 
     def __init__(self, write: Callable[[int, Sequence[Event]], None], attempt: int) -> None:
+        self.due = threading.Event()
         self._write = write
         self._attempt = attempt
         self._told: deque[tuple[int, str] | None] = deque()
@@ -41,21 +44,25 @@ class Story:
         """More text of an answer."""
         self._told.append((question, text))
         self._said = True
+        self.due.set()
 
     def again(self) -> None:
         """The request is answered anew: what was said does not count."""
         if self._said:
             self._told.append(None)
+            self.due.set()
 
-    def write(self) -> None:
-        """Writes what has been told; a broker that is away gets it later."""
-        if time.monotonic() < self._not_before:
-            return
+    def run(self) -> float:
+        """Writes what has been told. A broker that is away gets it later: after so many seconds."""
+        if (left := self._not_before - time.monotonic()) > 0:
+            return left
         try:
             self.write_all()
         except AWAY as error:
             log.warning("events wait for the broker (%s)", type(error).__name__)
             self._not_before = time.monotonic() + PAUSE_S
+            return PAUSE_S
+        return math.inf
 
     def write_all(self) -> None:
         """Writes everything that has been told; raises what the broker raises, and keeps it then."""

@@ -159,7 +159,7 @@ class JobRunner:
         story = Story(partial(self._jobs.tell, claim), claim.attempt) if job.stream else None
         ticket = self._engine.submit(request, deadline, claim.stop, story)
         try:
-            return ticket.answered(story.write if story else None)
+            return ticket.answered(story)
         except StoppedError:
             if claim.stop.reason is not StopReason.CANCELED:
                 ticket.let_go()  # before that nobody else may begin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from concurrent.futures import Future
@@ -18,7 +19,7 @@ from worker.stops import Stop, StopReason, result_within
 from worker.story import Story
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 
 def test_the_first_reason_stays() -> None:
@@ -31,19 +32,51 @@ def test_the_first_reason_stays() -> None:
     assert (stop.reason, heard) == (StopReason.CANCELED, ["early", "late"])
 
 
-def test_a_result_is_waited_for_and_other_business_goes_on() -> None:
-    """What another thread makes of a future arrives; meanwhile something is called now and then."""
+class Errands:
+    """Each run takes the next of `again`: what is returned, or what is done first."""
+
+    def __init__(self, *again: float | Callable[[], float]) -> None:
+        self.due = threading.Event()
+        self.again = list(again)
+
+    def run(self) -> float:
+        following = self.again.pop(0)
+        return following() if callable(following) else following
+
+
+def test_a_result_is_waited_for_and_other_business_is_done_when_it_comes() -> None:
+    """What another thread makes of a future arrives."""
     future: Future[str] = Future()
-    calls = 0
 
-    def meanwhile() -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            future.set_result("done")
+    def finish() -> float:
+        future.set_result("done")
+        return math.inf
 
-    assert result_within(future, Stop(), time.monotonic() + 60, meanwhile) == "done"
-    assert calls == 3
+    errand = Errands(math.inf, finish)
+    threading.Timer(0.01, errand.due.set).start()
+    threading.Timer(0.1, errand.due.set).start()
+    assert result_within(future, Stop(), time.monotonic() + 60, errand) == "done"
+    assert errand.again == []
+
+
+def test_business_that_could_not_be_done_is_tried_again() -> None:
+    """Though nobody says that it is due."""
+    future: Future[str] = Future()
+
+    def finish() -> float:
+        future.set_result("done")
+        return math.inf
+
+    errand = Errands(0.001, 0.001, finish)
+    errand.due.set()
+    assert result_within(future, Stop(), time.monotonic() + 60, errand) == "done"
+
+
+def test_without_business_nobody_looks() -> None:
+    """A waiting thread that looked would take a core from the engine."""
+    errand, future = Errands(), Future[str]()
+    threading.Timer(0.2, future.set_result, ["done"]).start()
+    assert result_within(future, Stop(), time.monotonic() + 60, errand) == "done"
 
 
 def test_a_stop_ends_the_wait() -> None:
@@ -113,8 +146,8 @@ def test_pieces_of_one_answer_are_one_event() -> None:
         story.text(question, text)
     story.again()
     story.text(0, "d")
-    story.write()
-    story.write()
+    story.run()
+    story.run()
     ((number, events),) = batches
     assert number == 1
     assert [(name.value, json.loads(data)) for name, data in events] == [
@@ -130,7 +163,7 @@ def test_a_request_that_said_nothing_begins_anew_in_silence() -> None:
     batches: list[Batch] = []
     story = Story(lambda number, events: batches.append((number, list(events))), attempt=1)
     story.again()
-    story.write()
+    story.run()
     assert batches == []
 
 
@@ -148,8 +181,8 @@ def test_what_the_broker_did_not_take_is_written_again_under_its_number(
 
     story = Story(write, attempt=1)
     story.text(0, "a")
-    story.write()
+    story.run()
     story.text(0, "b")
-    story.write()
+    story.run()
     assert [number for number, _ in batches] == [1, 1, 2]
     assert batches[0] == batches[1]
