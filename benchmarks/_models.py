@@ -126,7 +126,7 @@ def random_llava(
     shape = geometry.text | {"num_hidden_layers": 1}
     tower, token = published.clip_l(SIDE), {"image_token_index": IMAGE_TOKEN_ID}
     torch.manual_seed(0)
-    with device, _numbers(dtype):
+    with device, numbers(dtype):
         model: Any
         if geometry.crops == 1:
             model = LlavaForConditionalGeneration(published.llava(LlavaConfig, tower, shape, **token))
@@ -148,7 +148,7 @@ def random_llava(
 
 
 @contextmanager
-def _numbers(dtype: torch.dtype) -> Iterator[None]:
+def numbers(dtype: torch.dtype) -> Iterator[None]:
     """New tensors are in this format."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from benchmarks._measure import apart, in_turns, markdown, options, picture, plotted, publish, ratios
 from benchmarks._models import PACKED_BYTES
-from benchmarks.serving.checkpoint import checkpoint
+from benchmarks.serving.checkpoint import FOLDER, checkpoint
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.heap import keep_freed_memory
 from prismprune.session import Asked
@@ -47,7 +47,7 @@ def main() -> None:
         print(json.dumps(answers(asked)))
         return
     asked.model = asked.model or str(
-        checkpoint(LibrarySettings().cache_dir / "benchmarks" / "checkpoint").transformers
+        checkpoint(LibrarySettings().cache_dir / "benchmarks" / FOLDER).transformers
     )
     rows = [row for budget in asked.budgets.split(",") for row in compared(asked, budget)]
     publish(asked, {"rows": rows}, table(rows), partial(plot, rows))

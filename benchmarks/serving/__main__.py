@@ -26,9 +26,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from benchmarks._measure import options, processor, write_json
+from benchmarks._models import GEOMETRIES
 from benchmarks.serving.asking import Contender, closed_loop, open_loop, questions
-from benchmarks.serving.checkpoint import checkpoint
+from benchmarks.serving.checkpoint import FOLDER, checkpoint
 from benchmarks.serving.report import Load, Row, plot, rows, table
 from benchmarks.serving.rivals import litserve_plain, vllm_cpu
 from benchmarks.serving.rivals.litserve_plain import LitServePlain
@@ -48,6 +51,8 @@ if TYPE_CHECKING:
 SAME = 4
 """Questions that all sides answer before anything is measured."""
 RIVALS = ("transformers", "vllm", "litserve")
+SINGLE = {name for name, geometry in GEOMETRIES.items() if geometry.crops == 1}
+"""Geometries of one view a picture."""
 
 
 def main() -> None:
@@ -74,7 +79,9 @@ def _save(asked: argparse.Namespace, same: dict[str, float], measured: list[Row]
 
 def _head(asked: argparse.Namespace) -> str:
     lengths = f"{asked.rounds} rounds; answers of {asked.tokens} tokens; {asked.dtype}"
-    return f"{processor()}, {asked.threads} threads a server; {lengths}"
+    place = f"{torch.cuda.get_device_name()} and {processor()}" if asked.device == "cuda" else processor()
+    model = asked.geometry or "a small model"
+    return f"{place}, {asked.threads} threads a server; {model}; {lengths}"
 
 
 def parsed() -> argparse.Namespace:
@@ -88,6 +95,9 @@ def parsed() -> argparse.Namespace:
     add("--waves", type=float, default=1.25, help="so many of each client")
     add("--rounds", type=int, default=3)
     add("--tokens", type=int, default=4, help="of each answer")
+    add("--geometry", choices=sorted(SINGLE), help="the checkpoint's; default: a small one")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: beside `--rivals transformers` alone")
+    add("--max-batch", type=int, default=8, help="requests that this service answers at once")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="that all sides compute in")
     add("--threads", type=int, default=2, help="of each server")
     add("--cores", type=_numbers, help="all of them run on these; default: those of this process")
@@ -95,7 +105,10 @@ def parsed() -> argparse.Namespace:
     add("--vllm-python", type=Path, help="of an environment that has vLLM already")
     add("--litserve-python", type=Path, help="of one that has LitServe, torch and transformers")
     add("--logs", type=Path, default=Path(tempfile.gettempdir()) / "prismprune-serving")
-    return parser.parse_args()
+    asked = parser.parse_args()
+    if asked.device != "cpu" and set(asked.rivals) - {"transformers"}:
+        parser.error("vLLM and LitServe are compared on the CPU: on another device ask --rivals transformers")
+    return asked
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -112,12 +125,13 @@ def _rates(text: str) -> tuple[float, ...]:
 
 def _contenders(keeper: Keeper, asked: argparse.Namespace, scratch: Path) -> list[Contender]:
     """All sides, started and ready, this service once for each of its budgets."""
-    model = checkpoint(asked.cache / "checkpoint-float16")
+    name = "-".join(filter(None, (FOLDER, asked.geometry)))
+    model = checkpoint(asked.cache / name, asked.geometry, asked.device)
     cores = sorted(os.sched_getaffinity(0))[: asked.threads]
     makers: dict[str, Callable[[], Rival]] = {
-        "transformers": lambda: TransformersServe(str(model.transformers), asked.dtype),
+        "transformers": lambda: TransformersServe(str(model.transformers), asked.dtype, asked.device),
         "vllm": lambda: VllmCpu(
-            str(model.published),
+            str(model.published()),
             asked.vllm_python or vllm_cpu.environment(asked.cache).ready(),
             cores,
             asked.dtype,
@@ -130,7 +144,9 @@ def _contenders(keeper: Keeper, asked: argparse.Namespace, scratch: Path) -> lis
     }
     rivals: list[Rival] = [makers[name]() for name in asked.rivals]
     contenders = [Contender(server, server.rival.name, {}) for server in map(keeper.start, rivals)]
-    ours = keeper.start(PrismPrune(str(model.transformers), scratch, asked.dtype))
+    ours = keeper.start(
+        PrismPrune(str(model.transformers), scratch, asked.dtype, asked.device, asked.max_batch)
+    )
     budgets = [budget if budget == "all" else int(budget) for budget in asked.budgets]
     return contenders + [Contender(ours, f"prismprune {each}", {"token_budget": each}) for each in budgets]
 

@@ -1,4 +1,4 @@
-"""PrismPrune as `make serve` starts it, without its caches, in the others' number format."""
+"""PrismPrune as `make serve` starts it, without its caches, in the others' number format, on their device."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class PrismPrune:
     model: str
     data: Path
     dtype: str = "float32"
+    device: str = "cpu"
+    max_batch: int = 8
     name: str = "prismprune"
     own: Mapping[str, Any] = field(default_factory=dict)
     streams: bool = True
@@ -31,6 +33,8 @@ class PrismPrune:
             "PRISM_DATA_DIR": str(self.data),
             "PRISM_MODEL": self.model,
             "PRISM_DTYPE": self.dtype,
+            "PRISM_DEVICE": self.device,
+            "PRISM_MAX_BATCH": str(self.max_batch),
             "PRISM_MEDIA_CACHE_BYTES": "0",
             "PRISM_PREFIX_CACHE_BYTES": "0",
             "PRISM_TIMEOUT_S": "600",  # as long as the client waits

@@ -19,11 +19,13 @@ class TransformersServe:
 
     model: str
     dtype: str = "float32"
+    device: str = "cpu"
     name: str = "transformers serve"
     own: Mapping[str, Any] = field(default_factory=dict)
     streams: bool = True
 
     def launch(self, host: str, port: int) -> Launch:
         program = str(Path(sys.executable).with_name("transformers"))
-        command = (program, "serve", self.model, "--host", host, "--port", str(port), "--dtype", self.dtype)
-        return Launch(command, {"HF_HUB_OFFLINE": "1"}, "/health")
+        options = {"host": host, "port": str(port), "dtype": self.dtype, "device": self.device}
+        named = [part for name, value in options.items() for part in (f"--{name}", value)]
+        return Launch((program, "serve", self.model, *named), {"HF_HUB_OFFLINE": "1"}, "/health")
