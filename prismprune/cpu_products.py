@@ -1,11 +1,11 @@
 """Linear layers that multiply on x86 CPUs as fast as torch can, on copies of the weights if there is room.
 
-Torch has oneDNN and MKL, and gives products of float32 to MKL, which on AMD processors is slower at any
-number of rows, and by half where a decoding step or a pruned prompt has few. oneDNN is faster still on
-weights in the order of its own kernels, a copy beside those of the model; so it is with bfloat16, where the
-CPU has instructions for that. Few rows wait for the weights to come from memory, and a copy in 16 bits is
-half as much to wait for (`half_weights`). `benchmarks/products.py` measures all ways, and
-docs/performance-details.md says what came of it.
+Torch has oneDNN and MKL, and gives products of float32 to MKL. On AMD processors that is slower at any number
+of rows, and by half where a decoding step or a pruned prompt has few; on Intel's it is the faster one for few
+rows, and for weights as they are. oneDNN is faster on weights in the order of its own kernels, a copy beside
+those of the model; so it is with bfloat16, where the CPU has instructions for that. Few rows wait for the
+weights to come from memory, and a copy in 16 bits is half as much to wait for (`half_weights`).
+`benchmarks/products.py` measures all ways, and docs/performance-details.md says what came of it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 FEW_ROWS = {torch.float32: 64, torch.bfloat16: 3}
 """So many rows and fewer are faster with weights in 16 bits than in oneDNN's order."""
+MKL_ROWS = 16
+"""Fewer are MKL's even beside packed weights, where it is fast."""
 MANY_ROWS_ALONE = ("vision", "projector")
 """Parts of a model that never see few rows."""
 
@@ -44,14 +46,15 @@ class CpuLinear(nn.Linear):
             or input.numel() == 0
         ):
             return super().forward(input)
-        copies = self._copies
-        if copies is None:
-            return _product(input, weight, bias)
-        if copies.made_of != _identity(weight):
+        copies, rows = self._copies, input.numel() // self.in_features
+        if copies is not None and copies.made_of != _identity(weight):
             copies = self._made_again(copies)
-        if copies.half is not None and input.numel() <= FEW_ROWS[input.dtype] * self.in_features:
+        if copies is not None and copies.half is not None and rows <= FEW_ROWS[input.dtype]:
             return copies.half.product(input, bias)
-        return _product(input, weight if copies.packed is None else copies.packed, bias)
+        packed = None if copies is None else copies.packed
+        if input.dtype is torch.float32 and mkl_is_fast() and (packed is None or rows < MKL_ROWS):
+            return super().forward(input)
+        return _product(input, weight if packed is None else packed, bias)
 
     @property
     def packed(self) -> bool:
@@ -128,6 +131,12 @@ def available() -> bool:
     """Whether this is an x86 CPU and this torch has oneDNN with the products used here."""
     x86 = platform.machine().lower() in {"x86_64", "amd64"}
     return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@cache
+def mkl_is_fast() -> bool:
+    """Whether this CPU is one of those that MKL is written for."""
+    return "Intel" in str(torch.cpu.get_capabilities().get("cpu_name"))
 
 
 @cache

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.profiler import profile
 
-from prismprune import PrunedVLM
+from prismprune import PrunedVLM, cpu_products
 from prismprune.cpu_products import (
     FEW_ROWS,
+    MKL_ROWS,
     CpuLinear,
     available,
     formats,
@@ -28,6 +29,12 @@ if TYPE_CHECKING:
 EVERYTHING = 2**40
 ONEDNN, FBGEMM = "mkldnn::_linear_pointwise", "quantized::linear_dynamic_fp16"
 pytestmark = pytest.mark.skipif(not available(), reason="oneDNN's products are used on x86 CPUs alone")
+
+
+@pytest.fixture(autouse=True)
+def _as_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever this CPU is; the other kind has a test of its own."""
+    monkeypatch.setattr(cpu_products, "mkl_is_fast", lambda: False)
 
 
 def layers(inputs: int, outputs: int, *, bias: bool, packed: bool) -> tuple[nn.Linear, nn.Linear]:
@@ -188,6 +195,19 @@ def test_the_bytes_go_where_they_win_most(room: int, halved: str, packed: str) -
     layers = {name: layer for name, layer in model.items() if isinstance(layer, CpuLinear)}
     assert " ".join(name for name, layer in layers.items() if layer.halved) == halved
     assert " ".join(name for name, layer in layers.items() if layer.packed) == packed
+
+
+def test_where_mkl_is_fast_it_has_few_rows_and_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows on packed weights are oneDNN's, and weights in 16 bits have their own."""
+    monkeypatch.setattr(cpu_products, "mkl_is_fast", lambda: True)
+    (_, unpacked), (_, packed) = (layers(16, 128, bias=True, packed=each) for each in (False, True))
+    few, many = torch.randn(MKL_ROWS - 1, 16), torch.randn(MKL_ROWS, 16)
+    halved = nn.Sequential(in_16_bits(16, 128))
+    use_cpu_products(halved, EVERYTHING)
+    with torch.inference_mode():
+        assert ONEDNN not in operations(unpacked, few) | operations(unpacked, many) | operations(packed, few)
+        assert ONEDNN in operations(packed, many)
+        assert FBGEMM in operations(halved, few)
 
 
 def test_other_number_formats_and_subclasses_are_left_alone() -> None:
