@@ -27,20 +27,8 @@ def keep_freed_memory() -> bool:
 
     Returns False with another allocator than glibc's, or where it refuses.
     """
-    if not _is_glibc():
+    if platform.libc_ver()[0] != "glibc":
         return False
     mallopt = ctypes.CDLL(None).mallopt
     wanted = {_MMAP_THRESHOLD: LARGEST_BYTES, _TRIM_THRESHOLD: KEPT_BYTES, _ARENA_MAX: 1}
     return all(mallopt(parameter, value) == 1 for parameter, value in wanted.items())
-
-
-def give_back_freed_memory() -> bool:
-    """Once, what is free now: after a model was loaded, what only loading needed.
-
-    Returns False where there was none, or with another allocator than glibc's.
-    """
-    return _is_glibc() and ctypes.CDLL(None).malloc_trim(0) == 1
-
-
-def _is_glibc() -> bool:
-    return platform.libc_ver()[0] == "glibc"

@@ -27,7 +27,7 @@ from torch.nn import ModuleList
 
 from prismprune import METHODS, PrismError, PrunedVLM
 from prismprune.caching import EncodingCache
-from prismprune.heap import give_back_freed_memory, keep_freed_memory
+from prismprune.heap import keep_freed_memory
 from worker.app import create_app, send_again
 from worker.cancellations import Cancellations
 from worker.contract import WorkerStatus, queue_name
@@ -198,7 +198,6 @@ class WorkerProcess:
             cuda_graph_bytes=settings.cuda_graph_bytes,
             progress=_Progress(),
         )
-        give_back_freed_memory()  # weights are converted and copied: hundreds of MiB that no request needs
         _watch_layers(model.model, self._engine.progress)
         # The first pass allocates and compiles what later ones find ready; on CUDA the second one records.
         picture = Image.new("RGB", (64, 64))
