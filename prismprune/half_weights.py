@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 LARGEST_EXPONENT = 15
 """Below 2 ** 15 nothing overflows in float16. Its other exponents are few: what bfloat16 holds of a matrix
 mostly fits once the largest weight is brought up to there."""
+LARGEST_POWER = 126
+"""Of two, whose inverse is a float32, too."""
 CHECKED = 2**22
 """Weights that are looked at together: a head's copies would take more than the head."""
 
@@ -42,7 +44,7 @@ class HalfWeight:
         largest = float(weight.detach().abs().max())
         if not math.isfinite(largest):
             return None
-        up = LARGEST_EXPONENT - math.frexp(largest)[1]
+        up = min(LARGEST_EXPONENT - math.frexp(largest)[1], LARGEST_POWER)
         for exponent in dict.fromkeys((0, up)):
             values = torch.ldexp(weight.detach().float(), torch.tensor(exponent))
             if _fits(values):

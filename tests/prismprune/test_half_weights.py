@@ -88,8 +88,9 @@ def test_zeros() -> None:
     assert not held(torch.zeros(4, 4)).product(torch.randn(2, 4), None).any()
 
 
-def test_large_weights_are_brought_down() -> None:
-    weight = torch.tensor([[3.0 * 2**40, -(2.0**38)]])
+@pytest.mark.parametrize("power", [2.0**40, 2.0**120, 2.0**-60, 2.0**-126])
+def test_weights_of_any_size_are_brought_near_to_one(power: float) -> None:
+    weight = torch.tensor([[3.0, -0.25]]) * power
     assert torch.equal(held(weight).product(torch.eye(2), None), weight.T)
 
 
