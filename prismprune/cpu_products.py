@@ -72,7 +72,8 @@ class CpuLinear(nn.Linear):
 
     def halve(self) -> None:
         """Keep a copy in 16 bits, if they hold every weight as it is."""
-        self._own_copies().half = HalfWeight.of(self.weight)
+        if (half := HalfWeight.of(self.weight)) is not None:
+            self._own_copies().half = half
 
     @property
     def _copies(self) -> _Copies | None:
