@@ -297,28 +297,30 @@ class Jobs:
         async with self._signals.of(record.id) as changed:
             while True:
                 events = await self._events_after(record.id, after)
-                for event in events:
+                for event in events or ():
                     yield event
                     if event.ends:
                         return
                     after = event.id
                 if not events:
                     record = await self.look(record)
-                    if record.state.terminal and not await self._events_after(record.id, after):
+                    # Once more: the end may have come between. A broker that is away tells nothing.
+                    if record.state.terminal and await self._events_after(record.id, after) == []:
                         yield Event(after, EventName.of_end(record.state), {})
                         return
                     yield None
                 await _wait(changed, FOLLOW_AGAIN_S)
                 changed.clear()
 
-    async def _events_after(self, job_id: str, after: str) -> list[Event]:
+    async def _events_after(self, job_id: str, after: str) -> list[Event] | None:
+        """The entries after `after`, None if the broker is away."""
         try:
             async with broker_within(self._timeout_s):
                 entries: Any = await self._redis.xrange(
                     events_key(job_id), min=f"({after}", count=EVENTS_AT_ONCE
                 )
         except BrokerAwayError:
-            return []
+            return None
         return [
             Event(id_, EventName(entry["event"]), json.loads(entry["data"]))
             for id_, entry in entries

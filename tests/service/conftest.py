@@ -211,10 +211,12 @@ class StandInWorker(threading.Thread):
         with self._redis.pipeline(transaction=True) as pipe:
             for name, value in {"state": state.value, **fields}.items():
                 pipe.hset(job_key(job.id), name, value)
+            # At once, as a worker does: a reader takes an end without its event for a lost one.
+            if state.terminal:
+                end = EndedData(id=job.id, state=state).model_dump_json()
+                pipe.xadd(events_key(job.id), {"event": EventName.of_end(state), "data": end})
             pipe.publish(events_channel(job.id), JobEvent(state=state, at=time.time()).model_dump_json())
             pipe.execute()
-        if state.terminal:
-            self.tell(job, EventName.of_end(state), EndedData(id=job.id, state=state))
 
 
 def result(job: AnswerJob) -> AnswerResult:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from redis.asyncio import Redis as AsyncRedis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from service import jobs
 from tests.replies import state
 from tests.service.conftest import MODEL, listening, problem, question, until
-from tests.service.test_chat import client as openai_client
 from tests.service.test_chat import messages
 from worker.contract import CANCEL_CHANNEL, EventName, JobState, TokenData, events_key, job_key, open_jobs_key
 
@@ -216,18 +217,24 @@ async def test_whoever_may_come_back_keeps_the_job(
 
 
 async def test_a_stream_outlasts_a_broker_that_is_away_for_a_moment(
-    make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+    make_settings: MakeSettings, worker: StandInWorker, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its reader waits, and misses nothing."""
-    after, failures = jobs.Jobs._events_after, iter([True] * 3)
-
-    async def sometimes(self: jobs.Jobs, job_id: str, entry: str) -> Any:
-        return [] if next(failures, False) else await after(self, job_id, entry)
-
-    monkeypatch.setattr(jobs.Jobs, "_events_after", sometimes)
+    """Its reader waits, and misses nothing; that the job is over already says nothing of its events."""
     del worker
-    async with listening(make_settings()) as port, openai_client(port) as official:
-        stream = await official.chat.completions.create(
-            model=MODEL, messages=messages(text="stream"), stream=True
-        )
-        assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "red"
+    xrange, failures = AsyncRedis.xrange, iter([True] * 3)
+
+    async def sometimes(self: AsyncRedis, *args: Any, **kwargs: Any) -> Any:
+        if next(failures, False):
+            raise RedisConnectionError("away")
+        return await xrange(self, *args, **kwargs)
+
+    async with (
+        listening(make_settings()) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+    ):
+        job_id = await started(http, "stream")
+        await state_of(redis, job_id, "succeeded")
+        monkeypatch.setattr(AsyncRedis, "xrange", sometimes)
+        events = parsed((await http.get(f"/v1/jobs/{job_id}/events")).text)
+    assert next(failures, None) is None
+    assert [event for event, _, _ in events] == ["queued", "started", *["token"] * 3, "completed"]
