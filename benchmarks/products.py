@@ -19,7 +19,7 @@ from torch import nn
 
 from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
 from prismprune import PrunedVLM
-from prismprune.cpu_products import CpuLinear
+from prismprune.cpu_products import Copies, CpuLinear
 from prismprune.half_weights import HalfWeight
 from prismprune.loading import DEMO
 
@@ -97,7 +97,8 @@ def packed_copy(layer: CpuLinear) -> CpuLinear:
     """A layer of the same parameters."""
     copy = CpuLinear(layer.in_features, layer.out_features, device="meta")
     copy.weight, copy.bias = layer.weight, layer.bias
-    copy.pack()
+    copy.copies = Copies(copy)
+    copy.copies.pack()
     return copy
 
 

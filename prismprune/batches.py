@@ -33,6 +33,7 @@ class RoomyLayer(DynamicLayer):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)  # type: ignore[no-untyped-call]
         self._room: list[Tensor] = []
+        self._views: tuple[Tensor, ...] = ()
 
     @classmethod
     def joined(
@@ -45,7 +46,7 @@ class RoomyLayer(DynamicLayer):
         layer = cls()
         layer.lazy_initialization(*parts[0])
         layer._room = [_placed(tensors, places, length) for tensors in zip(*parts, strict=True)]
-        layer.keys, layer.values = (room[:, :, :length] for room in layer._room)
+        layer._show(length)
         return layer
 
     @property
@@ -61,30 +62,32 @@ class RoomyLayer(DynamicLayer):
         """Append [B, heads, L, head_dim]; returns all."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self.keys, self.values = key_states, value_states
-            return self.keys, self.values
-        length = self.tensors[0].shape[2]
-        longer = length + key_states.shape[2]
-        if not self._has_room(longer):
-            self._room = [_roomy(tokens, longer + ROOM) for tokens in self.tensors]
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, length:longer] = new
-        self.keys, self.values = (room[:, :, :longer] for room in self._room)
-        return self.keys, self.values
+            # Copies: what comes may be a view of queries, keys and values together.
+            self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        length, added = self.tensors[0].shape[2], key_states.shape[2]
+        if not self._has_room(length + added):
+            self._room = [_roomy(tokens, length + added + ROOM) for tokens in self.tensors]
+        keys, values = self._room
+        keys.narrow(2, length, added).copy_(key_states)
+        values.narrow(2, length, added).copy_(value_states)
+        return self._show(length + added)
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        """So many tokens of the room as keys and values."""
+        keys, values = self._room
+        self.keys, self.values = self._views = keys.narrow(2, 0, length), values.narrow(2, 0, length)
+        return self._views
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows. The old room goes at once: a layer's, not that of all layers, is held twice."""
-        self._room = []
+        self._room, self._views = [], ()
         super().batch_select_indices(indices)
 
     def _has_room(self, length: int) -> bool:
-        """Whether `keys` and `values` are views of the room's beginning, and it is long enough."""
-        return bool(self._room) and all(
-            tokens.data_ptr() == room.data_ptr()
-            and tokens.stride() == room.stride()
-            and length <= room.shape[2]
-            for tokens, room in zip(self.tensors, self._room, strict=True)
-        )
+        """Whether `keys` and `values` are what the room showed last, and it is long enough."""
+        if not self._room or length > self._room[0].shape[2]:
+            return False
+        return self.keys is self._views[0] and self.values is self._views[1]
 
 
 def _roomy(tokens: Tensor, length: int) -> Tensor:

@@ -11,7 +11,6 @@ weights to come from memory, and a copy in 16 bits is half as much to wait for (
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from torch import nn
 from prismprune.half_weights import HalfWeight
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -29,81 +28,112 @@ FEW_ROWS = {torch.float32: 64, torch.bfloat16: 3}
 """So many rows and fewer are faster with weights in 16 bits than in oneDNN's order."""
 MKL_ROWS = 16
 """Fewer are MKL's even beside packed weights, where it is fast."""
-MANY_ROWS_ALONE = ("vision", "projector")
-"""Parts of a model that never see few rows."""
 
 
 class CpuLinear(nn.Linear):
     """`nn.Linear` with the same parameters; where gradients are wanted, or in other formats, just that."""
 
+    copies: Copies | None = None
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the base class's name for it)
-        weight, bias = self.weight, self.bias
+        if self.copies is not None and (product := self.copies.product(input)) is not None:
+            return product
+        weight = self.weight
         if (
-            input.dtype is not weight.dtype
+            torch.is_grad_enabled()
+            or not input.is_cpu
+            or input.dtype is not weight.dtype
             or input.dtype not in formats()
-            or input.device.type != "cpu"
-            or torch.is_grad_enabled()
             or input.numel() == 0
+            or (input.dtype is torch.float32 and mkl_is_fast())
         ):
             return super().forward(input)
-        copies, rows = self._copies, input.numel() // self.in_features
-        if copies is not None and copies.made_of != _identity(weight):
-            copies = self._made_again(copies)
-        if copies is not None and copies.half is not None and rows <= FEW_ROWS[input.dtype]:
-            return copies.half.product(input, bias)
-        packed = None if copies is None else copies.packed
-        if input.dtype is torch.float32 and mkl_is_fast() and (packed is None or rows < MKL_ROWS):
-            return super().forward(input)
-        return _product(input, weight if packed is None else packed, bias)
-
-    @property
-    def packed(self) -> bool:
-        """Whether there is a copy in oneDNN's order."""
-        return self._copies is not None and self._copies.packed is not None
-
-    @property
-    def halved(self) -> bool:
-        """Whether there is a copy in 16 bits."""
-        return self._copies is not None and self._copies.half is not None
-
-    def pack(self) -> None:
-        """Keep a copy of the weights in oneDNN's order, as large as they are."""
-        self._own_copies().packed = _reordered(self.weight)
-
-    def halve(self) -> None:
-        """Keep a copy in 16 bits, if they hold every weight as it is."""
-        if (half := HalfWeight.of(self.weight)) is not None:
-            self._own_copies().half = half
-
-    @property
-    def _copies(self) -> _Copies | None:
-        return self.__dict__.get("_held")
-
-    def _own_copies(self) -> _Copies:
-        # Not buffers: they are neither saved nor moved, and made again when another weight takes their place.
-        copies: _Copies = self.__dict__.setdefault("_held", _Copies(_identity(self.weight)))
-        return copies
-
-    def _made_again(self, old: _Copies) -> _Copies:
-        del self.__dict__["_held"]
-        if old.packed is not None:
-            self.pack()
-        if old.half is not None:
-            self.halve()
-        return self._own_copies()
+        return _product(input, weight, self.bias)
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles: those of the weights belong to this process."""
-        return {name: value for name, value in self.__dict__.items() if name != "_held"}
+        return {name: value for name, value in self.__dict__.items() if name != "copies"}
 
 
-@dataclass(slots=True)
-class _Copies:
-    """A weight as the kernels like it, and what it was made of."""
+class Copies:
+    """Weights as the kernels like them, of one layer or of several that multiply the same values.
 
-    made_of: tuple[int, int]
-    packed: Tensor | None = None
-    half: HalfWeight | None = None
+    Several stand one above the other, and their products [..., outputs] side by side. They are made again
+    when another weight takes the place of one.
+
+    packed: in oneDNN's order, as large as the weights. half: in 16 bits, which hold every weight as it is.
+    """
+
+    __slots__ = ("_bias", "_format", "_made_of", "half", "layers", "packed")
+
+    def __init__(self, *layers: CpuLinear) -> None:
+        self.layers = layers
+        self.packed: Tensor | None = None
+        self.half: HalfWeight | None = None
+        self._note()
+
+    def _note(self) -> None:
+        """What the copies are made of."""
+        self._format = self.layers[0].weight.dtype
+        self._made_of = self._identities()
+        biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
+        self._bias = _above(biases) if biases else None
+
+    def pack(self) -> None:
+        """Keep one in oneDNN's order."""
+        self.packed = _reordered(self._weight())
+
+    def halve(self) -> bool:
+        """Keep one in 16 bits if they hold the weights as they are: whether they do."""
+        self.half = HalfWeight.of(self._weight())
+        return self.half is not None
+
+    def product(self, values: Tensor) -> Tensor | None:
+        """None where no copy serves: gradients are wanted, or another way is as fast for so many rows."""
+        # A decoding step of a small model comes here every ten microseconds: as little as possible is asked.
+        dtype = values.dtype
+        if torch.is_grad_enabled() or dtype is not self._format or not values.is_cpu:
+            return None
+        if self._made_of != self._identities() and not self._made_again():
+            return None
+        rows = values.numel() // (values.shape[-1] or 1)
+        if self.half is not None and 0 < rows <= FEW_ROWS[dtype]:
+            return self.half.product(values, self._bias)
+        if self.packed is None or not rows or (rows < MKL_ROWS and dtype is torch.float32 and mkl_is_fast()):
+            return None
+        return _product(values, self.packed, self._bias)
+
+    def _made_again(self) -> bool:
+        """Of the weights that there are now, if they are of the same format."""
+        if any(layer.weight.dtype is not self._format for layer in self.layers):
+            return False
+        self._note()
+        if self.packed is not None:
+            self.pack()
+        if self.half is not None:
+            self.halve()
+        return True
+
+    def _weight(self) -> Tensor:
+        return _above([layer.weight.detach() for layer in self.layers])
+
+    def _identities(self) -> list[int]:
+        """Others after another tensor took a parameter's place, or one was changed in place.
+
+        Not after a change through `.data`, which torch does not count.
+        """
+        numbers = list[int]()
+        for layer in self.layers:
+            for each in layer._parameters.values():  # noqa: SLF001 (`parameters()` takes ten times as long)
+                if each is not None:
+                    version = 0 if each.is_inference() else each._version  # noqa: SLF001 (no public name)
+                    numbers += each.data_ptr(), version
+        return numbers
+
+
+def _above(parts: Sequence[Tensor]) -> Tensor:
+    """One above the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
 def _product(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -118,14 +148,6 @@ def _reordered(weight: Tensor) -> Tensor:
         weight.detach().contiguous(), None
     )
     return reordered
-
-
-def _identity(weight: Tensor) -> tuple[int, int]:
-    """Another one after another tensor took the weights' place, or they were changed in place.
-
-    Not after a change through `.data`, which torch does not count.
-    """
-    return weight.data_ptr(), 0 if weight.is_inference() else weight._version  # noqa: SLF001 (no public name)
 
 
 def available() -> bool:
@@ -146,42 +168,3 @@ def formats() -> frozenset[torch.dtype]:
     able = torch.cpu.get_capabilities()
     native = able["architecture"] == "x86_64" and (able["avx512_bf16"] or able["amx_bf16"])
     return frozenset({torch.float32, torch.bfloat16} if native else {torch.float32})
-
-
-def use_cpu_products(
-    model: nn.Module, packed_bytes: int = 0, parts: Mapping[str, tuple[str, ...]] | None = None
-) -> None:
-    """Make every plain linear layer in one of the `formats` a `CpuLinear`, where `available`.
-
-    Copies are made in the model's order while they take at most `packed_bytes` together: first those in 16
-    bits of layers that a decoding step goes through, which win most for least, then those in oneDNN's order.
-    parts: names of modules that are not the language model's layers, as `Family.outside`. Quantized layers,
-    which multiply in their own way, other subclasses and other formats stay as they are.
-    """
-    if not available():
-        return
-    for module in model.modules():
-        if type(module) is nn.Linear and module.weight.dtype in formats():
-            module.__class__ = CpuLinear
-    outside = {name: part for part, names in (parts or {}).items() for name in names}
-    layers = [
-        (module, _part(name, outside))
-        for name, module in model.named_modules()
-        if isinstance(module, CpuLinear)
-    ]
-    room = packed_bytes
-    for layer, part in layers:
-        needs = 2 * layer.weight.numel()
-        if part not in MANY_ROWS_ALONE and needs <= room:
-            layer.halve()
-            room -= needs * layer.halved
-    for layer, part in layers:
-        never = part == "head" and layer.halved  # it sees a row of each answer at the most
-        if not never and layer.weight.nbytes <= room:
-            layer.pack()
-            room -= layer.weight.nbytes
-
-
-def _part(name: str, outside: Mapping[str, str]) -> str | None:
-    """The part in which the module of that full name is; None: the language model's layers."""
-    return next((part for place, part in outside.items() if f"{name}.".startswith(f"{place}.")), None)

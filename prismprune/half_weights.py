@@ -54,13 +54,17 @@ class HalfWeight:
 
     def product(self, values: Tensor, bias: Tensor | None) -> Tensor:
         """`values` [..., inputs] by the weight, and the bias added: [..., outputs] in their format."""
-        rows = values.float().reshape(-1, values.shape[-1])
-        product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(rows, self.packed)
+        if values.ndim < 2:
+            return self.product(values[None], bias)[0]
+        dtype = values.dtype
+        if dtype is not torch.float32:
+            values = values.float()
+        product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(values, self.packed)
         if bias is not None:
             product = torch.add(bias, product, alpha=self.scale)
         elif self.scale != 1:
             product = product.mul_(self.scale)
-        return product.to(values.dtype).view(*values.shape[:-1], product.shape[-1])
+        return product if dtype is torch.float32 else product.to(dtype)
 
 
 def _fits(values: Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
 from transformers.utils.import_utils import is_bitsandbytes_available
 
-from prismprune.cpu_products import use_cpu_products
+from prismprune.cpu_layers import use_cpu_products
 from prismprune.errors import InvalidOptionError, UnknownModelError
 from prismprune.families import family_of
 from prismprune.hub import origin_of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -13,14 +13,8 @@ from torch import nn
 from torch.profiler import profile
 
 from prismprune import PrunedVLM, cpu_products
-from prismprune.cpu_products import (
-    FEW_ROWS,
-    MKL_ROWS,
-    CpuLinear,
-    available,
-    formats,
-    use_cpu_products,
-)
+from prismprune.cpu_layers import use_cpu_products
+from prismprune.cpu_products import FEW_ROWS, MKL_ROWS, CpuLinear, available, formats
 from tests.prismprune.tiny import picture, save_tiny_llava
 
 if TYPE_CHECKING:
@@ -45,6 +39,16 @@ def layers(inputs: int, outputs: int, *, bias: bool, packed: bool) -> tuple[nn.L
     layer = model[0]
     assert isinstance(layer, CpuLinear)
     return plain, layer
+
+
+def packed(layer: Any) -> bool:
+    """Whether it has a copy in oneDNN's order."""
+    return layer.copies is not None and layer.copies.packed is not None
+
+
+def halved(layer: Any) -> bool:
+    """Whether it has a copy in 16 bits."""
+    return layer.copies is not None and layer.copies.half is not None
 
 
 def assert_same(layer: nn.Module, plain: nn.Module, values: torch.Tensor) -> None:
@@ -119,7 +123,7 @@ def test_a_copy_has_weights_of_its_own() -> None:
 def test_as_many_layers_are_packed_as_the_bytes_hold() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 64), nn.Linear(8, 8), nn.Linear(8, 8))
     use_cpu_products(model, 2 * 8 * 8 * 4)
-    assert [layer.packed for layer in model] == [True, False, True, False]
+    assert [packed(layer) for layer in model] == [True, False, True, False]
 
 
 def in_16_bits(inputs: int, outputs: int, dtype: torch.dtype = torch.float32) -> nn.Linear:
@@ -136,8 +140,8 @@ def test_few_rows_take_the_weights_in_16_bits(dtype: torch.dtype) -> None:
     plain = in_16_bits(64, 128, dtype)
     model = nn.Sequential(copy.deepcopy(plain))
     use_cpu_products(model, EVERYTHING)
-    assert model[0].halved
-    assert model[0].packed
+    assert halved(model[0])
+    assert packed(model[0])
     most = FEW_ROWS[dtype]
     for rows, used in ((1, FBGEMM), (most, FBGEMM), (most + 1, ONEDNN)):
         values = torch.randn(rows, 64, dtype=dtype)
@@ -150,7 +154,7 @@ def test_few_rows_take_the_weights_in_16_bits(dtype: torch.dtype) -> None:
 def test_weights_that_16_bits_do_not_hold_have_no_such_copy() -> None:
     model = nn.Sequential(nn.Linear(64, 128))
     use_cpu_products(model, EVERYTHING)
-    assert not model[0].halved
+    assert not halved(model[0])
     with torch.inference_mode():
         assert ONEDNN in operations(model, torch.randn(1, 64))
 
@@ -179,7 +183,7 @@ HALF, WHOLE = 2 * 8 * 8, 4 * 8 * 8
 
 
 @pytest.mark.parametrize(
-    ("room", "halved", "packed"),
+    ("room", "in_16_bits_are", "packed_are"),
     [
         (0, "", ""),
         (HALF, "layer", ""),
@@ -188,26 +192,28 @@ HALF, WHOLE = 2 * 8 * 8, 4 * 8 * 8
         (EVERYTHING, "layer lm_head", "tower layer"),
     ],
 )
-def test_the_bytes_go_where_they_win_most(room: int, halved: str, packed: str) -> None:
+def test_the_bytes_go_where_they_win_most(room: int, in_16_bits_are: str, packed_are: str) -> None:
     """Not to few rows of a tower, which has none, nor to many of a head."""
     model = parts_of_a_model()
     use_cpu_products(model, room, PARTS)
     layers = {name: layer for name, layer in model.items() if isinstance(layer, CpuLinear)}
-    assert " ".join(name for name, layer in layers.items() if layer.halved) == halved
-    assert " ".join(name for name, layer in layers.items() if layer.packed) == packed
+    assert " ".join(name for name, layer in layers.items() if halved(layer)) == in_16_bits_are
+    assert " ".join(name for name, layer in layers.items() if packed(layer)) == packed_are
 
 
 def test_where_mkl_is_fast_it_has_few_rows_and_weights_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many rows on packed weights are oneDNN's, and weights in 16 bits have their own."""
     monkeypatch.setattr(cpu_products, "mkl_is_fast", lambda: True)
-    (_, unpacked), (_, packed) = (layers(16, 128, bias=True, packed=each) for each in (False, True))
+    (_, unpacked), (_, reordered) = (layers(16, 128, bias=True, packed=each) for each in (False, True))
     few, many = torch.randn(MKL_ROWS - 1, 16), torch.randn(MKL_ROWS, 16)
-    halved = nn.Sequential(in_16_bits(16, 128))
-    use_cpu_products(halved, EVERYTHING)
+    small = nn.Sequential(in_16_bits(16, 128))
+    use_cpu_products(small, EVERYTHING)
     with torch.inference_mode():
-        assert ONEDNN not in operations(unpacked, few) | operations(unpacked, many) | operations(packed, few)
-        assert ONEDNN in operations(packed, many)
-        assert FBGEMM in operations(halved, few)
+        assert ONEDNN not in operations(unpacked, few) | operations(unpacked, many) | operations(
+            reordered, few
+        )
+        assert ONEDNN in operations(reordered, many)
+        assert FBGEMM in operations(small, few)
 
 
 def test_other_number_formats_and_subclasses_are_left_alone() -> None:
@@ -257,9 +263,9 @@ def test_a_loaded_model_uses_them_and_saves_like_any_other(
 ) -> None:
     path = save_tiny_llava(tmp_path / "tiny", dtype=published)
     vlm = PrunedVLM.from_pretrained(path, packed_bytes=packed_bytes)
-    assert vlm.model.lm_head.halved == (published is torch.bfloat16 and packed_bytes > 0)
+    assert halved(vlm.model.lm_head) == (published is torch.bfloat16 and packed_bytes > 0)
     assert not any(
-        layer.halved for layer in vlm.model.model.vision_tower.modules() if isinstance(layer, CpuLinear)
+        halved(layer) for layer in vlm.model.model.vision_tower.modules() if isinstance(layer, CpuLinear)
     )
     assert isinstance(vlm.model.lm_head, CpuLinear)
     first = vlm.answer(picture(), "What is it?", 6, max_new_tokens=4)

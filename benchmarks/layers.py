@@ -1,0 +1,111 @@
+"""What it wins to multiply a layer's weights together: a model with and without it, in turns.
+
+    python -m benchmarks.layers --threads 2 --rounds 15
+    python -m benchmarks.layers --model DIRECTORY --dtype bfloat16
+
+A decoding step of one answer and of eight, and prompts of so many tokens, through the language model alone.
+Both sides have copies of their weights as the kernels like them (`prismprune.cpu_products`); on one of them,
+attention and MLPs have theirs together (`prismprune.cpu_layers`).
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
+
+import torch
+
+from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
+from benchmarks._models import PACKED_BYTES
+from prismprune import PrunedVLM, cpu_layers
+from prismprune.batches import roomy_cache
+from prismprune.heap import keep_freed_memory
+from prismprune.loading import DEMO
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+BEHIND = 82
+"""Tokens that a step is behind: a question about a picture of 64."""
+STEPS, PROMPTS = (1, 8), (50, 82, 140, 594)
+
+
+def main() -> None:
+    parser = options(__doc__, rounds=15)
+    parser.add_argument("--model", default=DEMO, help="a checkpoint directory or a hub id")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    asked = parser.parse_args()
+    torch.set_num_threads(asked.threads)
+    keep_freed_memory()
+    load = partial(
+        PrunedVLM.from_pretrained, asked.model, device="cpu", dtype=asked.dtype, packed_bytes=PACKED_BYTES
+    )
+    with patch.object(cpu_layers, "JOINED", {}):
+        apart = load().model
+    sides = {"apart": apart, "joined": load().model}
+    with torch.inference_mode():
+        found = {f"a step of {rows}": measured(sides, partial(step, rows), asked.rounds) for rows in STEPS}
+        found |= {
+            f"a prompt of {length}": measured(sides, partial(prompt, length), asked.rounds)
+            for length in PROMPTS
+        }
+    rows = [
+        (name, Spread.of(1e3 * each for each in taken["apart"]), gain)
+        for name, (taken, gain) in found.items()
+    ]
+    table = markdown(["", "apart, ms", "times as fast joined"], rows)
+    results = {name: [gain.q1, gain.median, gain.q3] for name, (_, gain) in found.items()}
+    publish(asked, {"times_as_fast": results}, table, partial(plot, results))
+
+
+def measured(
+    sides: dict[str, Any], work: Callable[[Any], Callable[[], object]], rounds: int
+) -> tuple[dict[str, list[float]], Spread]:
+    """Seconds of each side, and how many times as fast the joined one is."""
+    works = {name: work(model) for name, model in sides.items()}
+
+    def seconds(name: str, _round: int) -> float:
+        began = time.perf_counter()
+        works[name]()
+        return time.perf_counter() - began
+
+    taken = in_turns({name: partial(seconds, name) for name in works}, rounds)
+    return taken, ratios(taken["apart"], taken["joined"])
+
+
+def fed(model: Any, cache: Any, rows: int, tokens: int) -> None:
+    """Feed so many tokens, whichever."""
+    known = cache.get_seq_length()
+    ids = torch.arange(rows * tokens).view(rows, tokens) % 1000
+    output = model.model.language_model(
+        input_ids=ids,
+        attention_mask=torch.ones(rows, known + tokens, dtype=torch.long),
+        position_ids=torch.arange(known, known + tokens).expand(rows, -1),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    model.lm_head(output.last_hidden_state[:, -1:])
+
+
+def step(rows: int, model: Any) -> Callable[[], object]:
+    cache = roomy_cache()
+    fed(model, cache, rows, BEHIND)
+    return partial(fed, model, cache, rows, 1)
+
+
+def prompt(tokens: int, model: Any) -> Callable[[], object]:
+    return lambda: fed(model, roomy_cache(), 1, tokens)
+
+
+def plot(found: dict[str, list[float]], file: Path) -> None:
+    with plotted(file) as axes:
+        axes.bar(list(found), [median for _, median, _ in found.values()])
+        axes.axhline(1, color="grey", linewidth=1, label="apart")
+        axes.set(ylabel="times as fast joined")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""A model's modules made to multiply as a CPU does it best, and what they multiply together as one matrix.
+
+Linear layers become `CpuLinear`. Attention and gated MLPs of language models multiply the same values by
+three weights and by two: all of them are one product, and queries and keys are turned together. Where rows
+are few, calls are a good part of the time, a fifth of a decoding step of the demo's language model, whose
+layers are small. Answers are bit for bit the same. `benchmarks/layers.py` measures it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+from torch import cat, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from prismprune.cpu_products import Copies, CpuLinear, available, formats
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from torch import Tensor
+
+MANY_ROWS_ALONE = ("vision", "projector")
+"""Parts of a model that never see few rows."""
+
+
+class _Joined(nn.Module):
+    """A transformers module some of whose layers have their copies in common.
+
+    It is what it was where these cannot be used: with gradients, in training, with hooks on a layer, or
+    another module in the place of one.
+    """
+
+    joins: tuple[str, ...]
+    copies: Copies
+
+    def products(self, values: Tensor) -> Tensor | None:
+        """Of the layers that it joins, side by side: [..., outputs]. None: multiply as ever."""
+        if self.training:
+            return None
+        for name, layer in zip(self.joins, self.copies.layers, strict=True):
+            hooks = layer._forward_hooks or layer._forward_pre_hooks  # noqa: SLF001 (no public name)
+            if hooks or self._modules[name] is not layer:
+                return None
+        return self.copies.product(values)
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        """Copies and pickles are transformers' own: copies of weights belong to this process."""
+        state = {name: value for name, value in self.__dict__.items() if name not in {"copies", "rotation"}}
+        return _blank, (type(self).__bases__[1],), state
+
+
+def _blank(original: type[nn.Module]) -> nn.Module:
+    return original.__new__(original)
+
+
+class _Rotation:
+    """Of queries and keys by their positions. These are the same in all layers of a pass: prepared once."""
+
+    def __init__(self) -> None:
+        self._prepared: tuple[Any, Tensor, Tensor] | None = None
+
+    def turned(self, heads: Tensor, embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """heads: [B, L, H, head_dim]. embeddings: cosine and sine [B, L, head_dim]."""
+        half, prepared = heads.shape[-1] // 2, self._prepared
+        if prepared is None or prepared[0] is not embeddings:
+            cosine, sine = (each.unsqueeze(2) for each in embeddings)
+            signed = cat((-sine[..., :half], sine[..., half:]), dim=-1)
+            prepared = self._prepared = embeddings, cosine, signed
+        _, cosine, signed = prepared
+        return (heads * cosine).add_(heads.roll(half, -1).mul_(signed))
+
+
+class _Attention(_Joined):
+    """Self-attention of Llama, and of language models that compute theirs in the same way."""
+
+    joins = ("q_proj", "k_proj", "v_proj")
+    rotation: _Rotation
+    config: Any
+    o_proj: Any
+    head_dim: int
+    num_key_value_groups: int
+    layer_idx: int
+    scaling: float
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Any:
+        sdpa = self.config._attn_implementation == "sdpa"  # noqa: SLF001 (its only name)
+        projected = self.products(hidden_states) if sdpa else None
+        if projected is None:
+            return super().forward(hidden_states, **given)
+        batch, length, _ = hidden_states.shape
+        heads, groups = projected.view(batch, length, -1, self.head_dim), self.num_key_value_groups
+        key_heads = heads.shape[2] // (groups + 2)
+        turning, values = heads.split(((groups + 1) * key_heads, key_heads), dim=2)
+        turned = self.rotation.turned(turning, given.pop("position_embeddings")).transpose(1, 2)
+        queries, keys = turned.split((groups * key_heads, key_heads), dim=1)
+        values = values.transpose(1, 2)
+        cached = given.pop("past_key_values", None)
+        if cached is not None:
+            keys, values = cached.update(keys, values, self.layer_idx)
+        attended, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](
+            self, queries, keys, values, given.pop("attention_mask", None), scaling=self.scaling, **given
+        )
+        return self.o_proj(attended.reshape(batch, length, -1)), weights
+
+
+class _GatedMLP(_Joined):
+    """`down(act(gate(x)) * up(x))`."""
+
+    joins = ("gate_proj", "up_proj")
+    act_fn: Any
+    down_proj: Any
+
+    def forward(self, x: Tensor) -> Any:
+        products = self.products(x)
+        if products is None:
+            return super().forward(x)
+        gate, up = products.chunk(2, dim=-1)
+        return self.down_proj(self.act_fn(gate).mul_(up))
+
+
+JOINED: Mapping[str, Any] = {
+    "LlamaAttention": _Attention,
+    "LlamaMLP": _GatedMLP,
+    "MistralAttention": _Attention,
+    "MistralMLP": _GatedMLP,
+    "Qwen2_5_VLAttention": _Attention,
+    "Qwen2MLP": _GatedMLP,
+}
+"""Transformers' modules, by their names, that compute what these do."""
+
+
+@cache
+def _joined_class(original: Any, joined: Any) -> Any:
+    return type(original.__name__, (joined, original), {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Layers that multiply the same values, and the module that holds their copies: a single one itself."""
+
+    holder: Any
+    layers: tuple[CpuLinear, ...]
+    part: str | None
+    rotation: _Rotation
+
+    def bytes(self, of_a_weight: int) -> int:
+        """What a copy takes."""
+        return of_a_weight * sum(layer.weight.numel() for layer in self.layers)
+
+    @property
+    def halved(self) -> bool:
+        copies: Copies | None = self.holder.__dict__.get("copies")
+        return copies is not None and copies.half is not None
+
+    def halve(self) -> list[_Group]:
+        """Keep a copy in 16 bits; where one weight forbids that, its neighbors keep theirs by themselves."""
+        copies = Copies(*self.layers)
+        if copies.halve():
+            self._hold(copies)
+        elif len(self.layers) > 1:
+            alone = [_Group(layer, (layer,), self.part, self.rotation) for layer in self.layers]
+            return [group for each in alone for group in each.halve()]
+        return [self]
+
+    def pack(self) -> None:
+        """Keep a copy in oneDNN's order."""
+        if "copies" not in self.holder.__dict__:
+            self._hold(Copies(*self.layers))
+        self.holder.copies.pack()
+
+    def _hold(self, copies: Copies) -> None:
+        self.holder.copies = copies
+        original: Any = type(self.holder)
+        if original is not CpuLinear:
+            self.holder.__class__ = _joined_class(original, JOINED[original.__name__])
+            self.holder.rotation = self.rotation
+
+
+def use_cpu_products(
+    model: nn.Module, packed_bytes: int = 0, parts: Mapping[str, tuple[str, ...]] | None = None
+) -> None:
+    """Make every plain linear layer in one of the `formats` a `CpuLinear`, where `available`.
+
+    Copies are made in the model's order while they take at most `packed_bytes` together: first those in 16
+    bits of layers that a decoding step goes through, which win most for least, then those in oneDNN's order;
+    modules of `JOINED` get one for several layers. parts: names of modules that are not the language model's
+    layers, as `Family.outside`. Quantized layers, which multiply in their own way, other subclasses and other
+    formats stay as they are.
+    """
+    if not available():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and module.weight.dtype in formats():
+            module.__class__ = CpuLinear
+    outside = {name: part for part, names in (parts or {}).items() for name in names}
+    room, groups = packed_bytes, list[_Group]()
+    for group in _groups(model, outside):
+        if group.part in MANY_ROWS_ALONE or group.bytes(2) > room:
+            groups.append(group)
+        else:
+            halved = group.halve()
+            groups += halved
+            room -= sum(each.bytes(2) for each in halved if each.halved)
+    for group in groups:
+        needs = group.bytes(group.layers[0].weight.element_size())
+        never = group.part == "head" and group.halved  # it sees a row of each answer at the most
+        if not never and needs <= room:
+            group.pack()
+            room -= needs
+
+
+def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:
+    """Of all layers, in the model's order."""
+    joined, rotation = set[nn.Module](), _Rotation()
+    for name, module in model.named_modules():
+        part = next((own for place, own in outside.items() if f"{name}.".startswith(f"{place}.")), None)
+        if (kind := JOINED.get(type(module).__name__)) is not None:
+            layers = tuple(module.get_submodule(each) for each in kind.joins)
+            if _alike(layers):
+                joined |= {*layers}
+                yield _Group(module, layers, part, rotation)
+        elif isinstance(module, CpuLinear) and module not in joined:
+            yield _Group(module, (module,), part, rotation)
+
+
+def _alike(layers: Sequence[nn.Module]) -> TypeGuard[tuple[CpuLinear, ...]]:
+    """Whether their weights can stand one above the other."""
+    kinds = {
+        (each.in_features, each.weight.dtype, each.bias is None) if isinstance(each, CpuLinear) else None
+        for each in layers
+    }
+    return len(kinds) == 1 and None not in kinds

@@ -1,0 +1,252 @@
+"""Attention and MLPs whose weights are multiplied as one matrix give what transformers' own give."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import profile
+from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2_5_VLTextConfig
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+
+from prismprune import cpu_products
+from prismprune.batches import roomy_cache
+from prismprune.cpu_layers import use_cpu_products
+from prismprune.cpu_products import CpuLinear, available
+from tests.prismprune.test_cpu_products import EVERYTHING, FBGEMM, ONEDNN, halved, packed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+LAYERS = 2
+SIZES: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 50,
+}
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: LlamaModel(LlamaConfig(**SIZES)),
+    "llama, with biases": lambda: LlamaModel(LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "llama, each head its keys": lambda: LlamaModel(LlamaConfig(**SIZES | {"num_key_value_heads": 4})),
+    "mistral": lambda: MistralModel(MistralConfig(**SIZES, sliding_window=6)),
+    "qwen": lambda: Qwen2_5_VLTextModel(
+        Qwen2_5_VLTextConfig(
+            **SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 4], "rope_theta": 1e4}
+        )
+    ),
+}
+pytestmark = pytest.mark.skipif(not available(), reason="these products are used on x86 CPUs alone")
+
+
+@pytest.fixture(autouse=True)
+def _as_on_amd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_products, "mkl_is_fast", lambda: False)
+
+
+def both(kind: str = "llama", published: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+    """A model as transformers has it, and one whose layers are joined, of the same weights."""
+    torch.manual_seed(0)
+    plain = MODELS[kind]().eval().to(published).float()
+    for parameter in plain.parameters():
+        parameter.requires_grad_(False)
+    joined = copy.deepcopy(plain)
+    use_cpu_products(joined, EVERYTHING)
+    return plain, joined
+
+
+def said(model: Any, *lengths: int, padding: int = 0) -> list[Tensor]:
+    """Hidden states after each of so many tokens were fed to two rows, the second's first ones padding."""
+    draw = torch.Generator().manual_seed(1)
+    cache, states, known = roomy_cache(), [], 0
+    mask = torch.ones(2, sum(lengths), dtype=torch.long)
+    mask[1, :padding] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for length in lengths:
+        seen = slice(known, known + length)
+        output = model(
+            input_ids=torch.randint(50, (2, length), generator=draw),
+            attention_mask=mask[:, : seen.stop],
+            position_ids=positions[:, seen],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        states.append(output.last_hidden_state[mask[:, seen].bool()])
+        known = seen.stop
+    return states
+
+
+def assert_same(one: Any, other: Any, *lengths: int, padding: int = 0) -> None:
+    for own, wanted in zip(
+        said(one, *lengths, padding=padding), said(other, *lengths, padding=padding), strict=True
+    ):
+        torch.testing.assert_close(own, wanted, rtol=1e-3, atol=1e-4)
+
+
+def products(model: Any, *lengths: int) -> list[str]:
+    """The products that a run is made of, in no order."""
+    with torch.inference_mode(), profile() as seen:
+        said(model, *lengths)
+    return [
+        name
+        for event in seen.key_averages()
+        for name in [event.key] * event.count
+        if name in {ONEDNN, FBGEMM}
+    ]
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("kind", MODELS)
+def test_prompts_and_steps_are_transformers(kind: str, padding: int) -> None:
+    """Many rows and few, behind one another in a cache."""
+    plain, joined = both(kind)
+    with torch.inference_mode():
+        assert_same(joined, plain, 40, 1, 1, 5, 1, padding=padding)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_is_multiplied_together_is_one_product(kind: str) -> None:
+    """Four a layer: queries, keys and values; behind the attention; gate and up; down."""
+    _, joined = both(kind)
+    assert products(joined, 1) == [FBGEMM] * 4 * LAYERS
+    assert products(joined, 40) == [ONEDNN] * 4 * LAYERS
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_without_room_for_copies_it_is_transformers_own(kind: str) -> None:
+    plain, _ = both(kind)
+    apart = copy.deepcopy(plain)
+    use_cpu_products(apart, 0)
+    others = [
+        (type(own), type(other))
+        for own, other in zip(apart.modules(), plain.modules(), strict=True)
+        if type(own) is not type(other)
+    ]
+    assert set(others) == {(CpuLinear, nn.Linear)}
+    with torch.inference_mode():
+        assert_same(apart, plain, 12, 1)
+
+
+def test_a_weight_that_changes_is_seen() -> None:
+    """In place, by another tensor, and by another format and back."""
+    plain, joined = both()
+    with torch.inference_mode():
+        said(joined, 3, 1)
+    for name in ("self_attn.v_proj", "self_attn.q_proj", "mlp.up_proj"):
+        for model in (plain, joined):
+            layer = model.layers[1].get_submodule(name)
+            with torch.no_grad():
+                layer.weight.mul_(1.5)
+    with torch.inference_mode():
+        assert_same(joined, plain, 40, 1)
+    other = torch.nn.Parameter(torch.randn(96, 64), requires_grad=False)
+    plain.layers[0].mlp.gate_proj.weight = joined.layers[0].mlp.gate_proj.weight = other
+    with torch.inference_mode():
+        assert_same(joined, plain, 40, 1)
+        joined.half().float()
+        plain.half().float()
+        assert_same(joined, plain, 40, 1)
+
+
+def test_a_layer_that_is_watched_or_replaced_is_called() -> None:
+    """As adapters do: what is in its place computes, and hooks see what it gives."""
+
+    class Twice(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, values: Tensor) -> Tensor:
+            twice: Tensor = 2 * self.layer(values)
+            return twice
+
+    plain, joined = both()
+    seen: list[Tensor] = []
+    for model in (plain, joined):
+        model.layers[0].mlp.up_proj = Twice(model.layers[0].mlp.up_proj)
+        model.layers[0].self_attn.k_proj.register_forward_hook(
+            lambda _module, _inputs, output: seen.append(output)
+        )
+    with torch.inference_mode():
+        assert_same(joined, plain, 4, 1)
+    assert len(seen) == 2 * 2
+    torch.testing.assert_close(seen[0], seen[2], rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_are_transformers() -> None:
+    plain, joined = both()
+    wanted = []
+    for model in (plain, joined):
+        model.train().requires_grad_()
+        torch.cat(said(model, 4)).square().sum().backward()
+        wanted.append([parameter.grad for parameter in model.parameters()])
+    for own, other in zip(*wanted, strict=True):
+        torch.testing.assert_close(other, own, rtol=1e-3, atol=1e-3)
+
+
+def test_eager_attention_gives_its_weights() -> None:
+    plain, joined = both()
+    ids = torch.tensor([[1, 2, 3]])
+    for model in (plain, joined):
+        model.set_attn_implementation("eager")
+    with torch.inference_mode():
+        own, wanted = (model(input_ids=ids, output_attentions=True).attentions for model in (joined, plain))
+    assert len(own) == LAYERS
+    torch.testing.assert_close(own, wanted)
+
+
+def pickled(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301 (its own)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_is_transformers_own(copied: Callable[[Any], Any]) -> None:
+    """And its weights are its own."""
+    plain, joined = both()
+    other = copied(joined)
+    assert {type(layer.self_attn) for layer in other.layers} == {LlamaAttention}
+    assert {type(layer.mlp) for layer in other.layers} == {LlamaMLP}
+    with torch.inference_mode():
+        assert_same(other, plain, 4, 1)
+        for parameter in other.parameters():
+            parameter.zero_()
+        assert_same(joined, plain, 4, 1)
+
+
+def test_one_weight_that_16_bits_do_not_hold_costs_its_neighbors_nothing() -> None:
+    torch.manual_seed(0)
+    model = LlamaModel(LlamaConfig(**SIZES)).eval().bfloat16().float()
+    with torch.no_grad():
+        model.layers[0].self_attn.v_proj.weight[0, 0] = 1 / 3
+    plain = copy.deepcopy(model)
+    use_cpu_products(model, EVERYTHING)
+    first, second = (layer.self_attn for layer in model.layers)
+    assert [halved(first.get_submodule(name)) for name in ("q_proj", "k_proj", "v_proj")] == [
+        True,
+        True,
+        False,
+    ]
+    assert packed(first.v_proj)
+    assert (type(first), halved(second)) == (LlamaAttention, True)
+    with torch.inference_mode():
+        assert_same(model, plain, 40, 1)
+
+
+def test_layers_of_one_module_have_their_copies_together_or_not_at_all() -> None:
+    """One byte less than the first attention's takes goes to what is smaller."""
+    model = LlamaModel(LlamaConfig(**SIZES)).bfloat16().float()
+    together = 2 * (64 + 32 + 32) * 64
+    use_cpu_products(model, together - 1)
+    first, second = model.layers
+    assert type(first.self_attn) is LlamaAttention
+    assert halved(first.self_attn.o_proj)
+    assert not any(halved(getattr(second.self_attn, name)) for name in ("q_proj", "k_proj", "v_proj"))
