@@ -23,16 +23,19 @@ from torch import nn
 
 from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
 from benchmarks._models import PACKED_BYTES
-from prismprune import GenerationOptions, PrunedVLM
+from prismprune import GenerationOptions, PrunedVLM, TokenBudget
 from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 from prismprune.planning import stage_flops
+from prismprune.selection import selector
 from prismprune.session import Asked
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
+
+    from prismprune.cpu_products import Copies
 
 QUESTION = "What color is the star?"
 STAGES = ("vision", "prefill", "token")
@@ -63,14 +66,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Product:
-    """A call of a linear layer: on how many rows."""
+    """A call of linear layers that multiply the same values: on how many rows."""
 
-    layer: nn.Linear
+    layers: tuple[nn.Linear, ...]
+    copies: Copies | None
     rows: int
 
     def run(self, values: torch.Tensor) -> None:
         """On the first rows and columns of `values`."""
-        self.layer(values[: self.rows, : self.layer.in_features])
+        own = values[: self.rows, : self.inputs]
+        if self.copies is None or self.copies.product(own) is None:
+            for layer in self.layers:
+                layer(own)
+
+    @property
+    def inputs(self) -> int:
+        return self.layers[0].in_features
 
 
 class Answering:
@@ -103,7 +114,7 @@ class Answering:
             steps.append(seconds(session.step))
             self._keep("token", noted)
         kept, prompt = encoded.visual_tokens.kept, len(request.prompts[0].token_ids)
-        self.flops = asdict(stage_flops(self.vlm.model.config, kept, prompt - kept))
+        self.flops = asdict(stage_flops(self.vlm.model.config, kept, prompt - kept, self._looked_at()))
         times = {
             "vision": encoded.timings.vision_ms / 1e3,
             "prefill": prefill,
@@ -111,11 +122,23 @@ class Answering:
         }
         return times, encoded.timings.preprocess_ms / 1e3, encoded.timings.select_ms / 1e3
 
-    def _noting(self, noted: list[Product]) -> list[Any]:
-        def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            noted.append(Product(cast("nn.Linear", layer), args[0].shape[:-1].numel()))
+    def _looked_at(self) -> int | None:
+        patches = self.vlm.model.config.image_seq_length
+        keep = TokenBudget.parse(self.budget).resolve(patches)
+        looked_at = selector().looks_at(torch.rand(1, 1, patches), keep)
+        return None if keep >= patches or looked_at is None else looked_at.shape[1]
 
-        linears = (module for module in self.vlm.model.modules() if isinstance(module, nn.Linear))
+    def _noting(self, noted: list[Product]) -> list[Any]:
+        linears = [module for module in self.vlm.model.modules() if isinstance(module, nn.Linear)]
+        held = [copies for module in self.vlm.model.modules() if (copies := getattr(module, "copies", None))]
+        groups = {layer: copies for copies in held for layer in copies.layers}
+
+        def note(layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            copies = groups.get(layer)
+            layers = (cast("nn.Linear", layer),) if copies is None else copies.layers
+            if layer is layers[0]:  # of those that multiply together each is called while hooks watch
+                noted.append(Product(layers, copies, args[0].shape[:-1].numel()))
+
         return [layer.register_forward_pre_hook(note) for layer in linears]
 
     def _keep(self, stage: str, noted: list[Product]) -> None:
@@ -130,7 +153,7 @@ class Answering:
 @torch.inference_mode()
 def run_all(products: Sequence[Product]) -> None:
     """The products of a stage, on values that cost nothing."""
-    rows, columns = max(one.rows for one in products), max(one.layer.in_features for one in products)
+    rows, columns = max(one.rows for one in products), max(one.inputs for one in products)
     values = torch.ones(rows, columns)
     for product in products:
         product.run(values)

@@ -63,6 +63,7 @@ class BlockReading:
     hidden: Tensor = field(init=False)
     query: Tensor = field(init=False)
     keys: Tensor = field(init=False)
+    _attention: Tensor | None = field(default=None, init=False)
 
     def copied(self) -> BlockReading:
         """The same in tensors of its own."""
@@ -71,8 +72,10 @@ class BlockReading:
         return copy
 
     def cls_attention(self) -> Tensor:
-        """Attention of the CLS query to each patch: [B, H, N], float32."""
-        return cls_attention(self._by_head(self.query), self._by_head(self.keys), self.scale)
+        """Attention of the CLS query to each patch: [B, H, N], float32. Computed once."""
+        if self._attention is None:
+            self._attention = cls_attention(self._by_head(self.query), self._by_head(self.keys), self.scale)
+        return self._attention
 
     def note_queries(self, queries: Tensor) -> None:
         self.query = queries[:, :1].clone()  # a copy, so that the other rows need not stay in memory
@@ -128,6 +131,43 @@ def read_block(block: nn.Module, attention: nn.Module, *, heads: int, scale: flo
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@dataclass(slots=True)
+class StoppedTower:
+    """hidden: [B, 1+N, d], what the block that it stopped before would have got."""
+
+    hidden: Tensor = field(init=False)
+
+
+class _StoppedError(Exception):
+    """Leaves the tower."""
+
+
+@contextmanager
+def stop_before(block: nn.Module) -> Iterator[StoppedTower]:
+    """Call the tower in this context: it runs to `block`. Threads and hooks as with `read_block`.
+
+    Raises `InvalidScoresError` if the tower ended without having come to `block`.
+    """
+    stopped = StoppedTower()
+
+    def stop(arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> None:
+        positional, named = arguments
+        stopped.hidden = positional[0] if positional else named["hidden_states"]
+        raise _StoppedError
+
+    stop_here = _in_this_thread(stop)
+    hook = block.register_forward_pre_hook(
+        lambda module, positional, named: stop_here(module, None, (positional, named)), with_kwargs=True
+    )
+    try:
+        yield stopped
+    except _StoppedError:
+        return
+    finally:
+        hook.remove()
+    raise InvalidScoresError("The vision tower ended without running the block whose output is used.")
 
 
 @dataclass(slots=True)

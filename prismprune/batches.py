@@ -14,6 +14,8 @@ from torch.nn.functional import pad
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from prismprune.cpu_layers import only_last_row
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -186,15 +188,16 @@ class Batch:
         positions: [B, L], or [axes, B, L].
         """
         self.mask = torch.cat([self.mask, mask], dim=1)
-        output = model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **visual_inputs,
-        )
+        with only_last_row():
+            output = model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                position_ids=positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **visual_inputs,
+            )
         logits: Tensor = output.logits[:, -1]
         return logits
 

@@ -1,13 +1,16 @@
-"""A model's modules made to multiply as a CPU does it best, and what they multiply together as one matrix.
+"""A model's modules made to multiply as a CPU does it best, what they multiply together as one matrix.
 
 Linear layers become `CpuLinear`. Attention and gated MLPs of language models multiply the same values by
-three weights and by two: all of them are one product, and queries and keys are turned together. Where rows
-are few, calls are a good part of the time, a fifth of a decoding step of the demo's language model, whose
-layers are small. Answers are bit for bit the same. `benchmarks/layers.py` measures it.
+three weights and by two: all of them are one product, and queries and keys are turned together, bit for bit
+as before. Where rows are few, calls are a good part of the time: an eighth of a decoding step of the demo's
+language model, whose layers are small (`benchmarks/layers.py`). A language model's last layer computes keys
+and values for every token of a prompt, and the rest for the last one, whose output alone is used.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -26,7 +29,36 @@ MANY_ROWS_ALONE = ("vision", "projector")
 """Parts of a model that never see few rows."""
 
 
-class _Joined(nn.Module):
+_ONLY_LAST: ContextVar[bool] = ContextVar("only_last", default=False)
+
+
+@contextmanager
+def only_last_row() -> Iterator[None]:
+    """What the model says after its last token is all that is used in this context, of each prompt.
+
+    Its last layer then computes keys and values for every token, and the rest for one.
+    """
+    token = _ONLY_LAST.set(True)
+    try:
+        yield
+    finally:
+        _ONLY_LAST.reset(token)
+
+
+class _Changed(nn.Module):
+    """A transformers module with another `forward`. Copies and pickles are transformers' own."""
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        own = {"copies", "rotation"}  # of this process
+        state = {name: value for name, value in self.__dict__.items() if name not in own}
+        return _blank, (type(self).__bases__[1],), state
+
+
+def _blank(original: type[nn.Module]) -> nn.Module:
+    return original.__new__(original)
+
+
+class _Joined(_Changed):
     """A transformers module some of whose layers have their copies in common.
 
     It is what it was where these cannot be used: with gradients, in training, with hooks on a layer, or
@@ -45,15 +77,6 @@ class _Joined(nn.Module):
             if hooks or self._modules[name] is not layer:
                 return None
         return self.copies.product(values)
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        """Copies and pickles are transformers' own: copies of weights belong to this process."""
-        state = {name: value for name, value in self.__dict__.items() if name not in {"copies", "rotation"}}
-        return _blank, (type(self).__bases__[1],), state
-
-
-def _blank(original: type[nn.Module]) -> nn.Module:
-    return original.__new__(original)
 
 
 class _Rotation:
@@ -85,7 +108,8 @@ class _Attention(_Joined):
     layer_idx: int
     scaling: float
 
-    def forward(self, hidden_states: Tensor, **given: Any) -> Any:
+    def forward(self, hidden_states: Tensor, *, last_query: bool = False, **given: Any) -> Any:
+        """last_query: what the others attend to may be left out."""
         sdpa = self.config._attn_implementation == "sdpa"  # noqa: SLF001 (its only name)
         projected = self.products(hidden_states) if sdpa else None
         if projected is None:
@@ -100,8 +124,12 @@ class _Attention(_Joined):
         cached = given.pop("past_key_values", None)
         if cached is not None:
             keys, values = cached.update(keys, values, self.layer_idx)
+        mask = given.pop("attention_mask", None)
+        if last_query:
+            queries, length = queries[:, :, -1:], 1
+            mask = None if mask is None else mask[:, :, -1:]
         attended, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            self, queries, keys, values, given.pop("attention_mask", None), scaling=self.scaling, **given
+            self, queries, keys, values, mask, scaling=self.scaling, **given
         )
         return self.o_proj(attended.reshape(batch, length, -1)), weights
 
@@ -121,6 +149,23 @@ class _GatedMLP(_Joined):
         return self.down_proj(self.act_fn(gate).mul_(up))
 
 
+class _LastLayer(_Changed):
+    """A language model's last layer: see `only_last_row`."""
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+
+    def forward(self, hidden_states: Tensor, **given: Any) -> Any:
+        if hidden_states.shape[1] == 1 or not _ONLY_LAST.get() or self.training:
+            return super().forward(hidden_states, **given)
+        normed = self.input_layernorm(hidden_states)
+        attended, _ = self.self_attn(hidden_states=normed, last_query=True, **given)
+        last = hidden_states[:, -1:] + attended[:, -1:]
+        return last + self.mlp(self.post_attention_layernorm(last))
+
+
 JOINED: Mapping[str, Any] = {
     "LlamaAttention": _Attention,
     "LlamaMLP": _GatedMLP,
@@ -130,11 +175,13 @@ JOINED: Mapping[str, Any] = {
     "Qwen2MLP": _GatedMLP,
 }
 """Transformers' modules, by their names, that compute what these do."""
+LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2_5_VLDecoderLayer"}
+"""Transformers' layers, by their names, of which the last may be a `_LastLayer`."""
 
 
 @cache
-def _joined_class(original: Any, joined: Any) -> Any:
-    return type(original.__name__, (joined, original), {})
+def _changed_class(original: Any, change: Any) -> Any:
+    return type(original.__name__, (change, original), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,13 +203,16 @@ class _Group:
         return copies is not None and copies.half is not None
 
     def halve(self) -> list[_Group]:
-        """Keep a copy in 16 bits; where one weight forbids that, its neighbors keep theirs by themselves."""
+        """Keep a copy in 16 bits. Where only some weights allow that, each is on its own from now on."""
         copies = Copies(*self.layers)
         if copies.halve():
             self._hold(copies)
         elif len(self.layers) > 1:
             alone = [_Group(layer, (layer,), self.part, self.rotation) for layer in self.layers]
-            return [group for each in alone for group in each.halve()]
+            for each in alone:
+                each.halve()
+            if any(each.halved for each in alone):
+                return alone
         return [self]
 
     def pack(self) -> None:
@@ -175,7 +225,7 @@ class _Group:
         self.holder.copies = copies
         original: Any = type(self.holder)
         if original is not CpuLinear:
-            self.holder.__class__ = _joined_class(original, JOINED[original.__name__])
+            self.holder.__class__ = _changed_class(original, JOINED[original.__name__])
             self.holder.rotation = self.rotation
 
 
@@ -210,6 +260,11 @@ def use_cpu_products(
         if not never and needs <= room:
             group.pack()
             room -= needs
+    for module in model.modules():
+        layers = getattr(module, "layers", None)
+        if isinstance(layers, nn.ModuleList) and type(layers[-1]).__name__ in LAYERS:
+            original: Any = type(layers[-1])
+            layers[-1].__class__ = _changed_class(original, _LastLayer)
 
 
 def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-FEW_ROWS = {torch.float32: 64, torch.bfloat16: 3}
+FEW_ROWS = {torch.float32: 96, torch.bfloat16: 3}
 """So many rows and fewer are faster with weights in 16 bits than in oneDNN's order."""
 MKL_ROWS = 16
 """Fewer are MKL's even beside packed weights, where it is fast."""

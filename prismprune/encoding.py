@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -72,25 +72,39 @@ class EncodedMedia:
 
 @dataclass(slots=True)
 class _Part:
-    """One view on its way: its row in what the tower read, how many of its patches stay, and which.
+    """One view on its way: its row among the pixels of its size, how many of its patches stay, and which.
 
-    candidates: the part of the grid to choose from. tokens: [K, d], those that stay, as the projector takes
-    them. keep and selection (raster indices of the whole grid) None: all, also a token that is no patch.
+    candidates: the part of the grid to choose from. prefix: its tokens that are no patches. tokens: [K, d],
+    those that stay, as the projector takes them. keep and selection (raster indices of the whole grid) None:
+    all, also tokens that are no patches.
     """
 
     view: View
     pixels: Pixels
-    reading: Reading
     row: int
     candidates: Region
-    tokens: Tensor
+    prefix: int
+    reading: Reading = field(init=False)
+    tokens: Tensor = field(init=False)
     keep: int | None = None
     selection: Selection | None = None
 
     @property
     def original(self) -> int:
         """Visual tokens without pruning."""
-        return self.reading.prefix + self.candidates.area
+        return self.prefix + self.candidates.area
+
+    @property
+    def raster(self) -> Tensor:
+        """Raster indices of the candidates in the whole grid."""
+        return self.candidates.raster(self.pixels.grid)
+
+    def read(self, reading: Reading) -> None:
+        """Take all tokens, until some are chosen."""
+        self.reading, self.tokens = reading, reading.tokens[self.row]
+        if self.candidates.shape != self.pixels.grid:
+            seen = _moved(self.raster, self.tokens)
+            self.tokens = torch.cat([self.tokens[: self.prefix], self.tokens[self.prefix :][seen]])
 
 
 @torch.inference_mode()
@@ -118,10 +132,10 @@ def encode_pixels(
 ) -> list[EncodedMedia]:
     """`encode` from processed pixels, which took `preprocess_ms`; `views` are those of each request."""
     watch = Stopwatch(family.model.device)
-    readings = [family.read(group) for group in pixels]
-    vision = watch.lap()  # nothing waits for the tower before the selection is under way behind it
-    parts = _by_request(views, pixels, readings)
+    parts = _by_request(family, views, pixels)
     _share_budgets(requests, parts)
+    _read(family, requests, parts)
+    vision = watch.lap()  # nothing waits for the tower before the selection is under way behind it
     _select(family, requests, parts)
     select = watch.lap()
     visuals = _arrange(family, parts)
@@ -131,25 +145,41 @@ def encode_pixels(
 
 
 def _by_request(
-    views: Sequence[Sequence[View]], pixels: Sequence[Pixels], readings: Sequence[Reading]
+    family: Family, views: Sequence[Sequence[View]], pixels: Sequence[Pixels]
 ) -> list[list[_Part]]:
-    """Sort what was read by size back into the order of the requests and their views."""
+    """Sort what is processed by size back into the order of the requests and their views."""
     flat = [view for own in views for view in own]
     parts = {
-        place: _part(flat[place], group, reading, row)
-        for group, reading in zip(pixels, readings, strict=True)
+        place: _Part(flat[place], group, row, group.region(row), family.prefix(group.modality))
+        for group in pixels
         for row, place in enumerate(group.places)
     }
     in_order = iter([parts[place] for place in range(len(flat))])
     return [[next(in_order) for _ in own] for own in views]
 
 
-def _part(view: View, pixels: Pixels, reading: Reading, row: int) -> _Part:
-    candidates, tokens = pixels.region(row), reading.tokens[row]
-    if candidates.shape != pixels.grid:
-        seen = _moved(candidates.raster(pixels.grid), tokens)
-        tokens = torch.cat([tokens[: reading.prefix], tokens[reading.prefix :][seen]])
-    return _Part(view, pixels, reading, row, candidates, tokens)
+def _read(family: Family, requests: Sequence[EncodingRequest], parts: Sequence[Sequence[_Part]]) -> None:
+    """Run the tower, of each view for the patches that its method may keep or compares."""
+    groups: dict[int, dict[int, tuple[_Part, Selector]]] = defaultdict(dict)
+    for request, own in zip(requests, parts, strict=True):
+        choose = request.selector()
+        for part in own:
+            groups[id(part.pixels)][part.row] = part, choose
+    for group in groups.values():
+        some = any(part.keep is not None and choose.looks_at_few for part, choose in group.values())
+        reading = family.read(group[0][0].pixels, partial(_wanted, group) if some else None)
+        for part, _ in group.values():
+            part.read(reading)
+
+
+def _wanted(group: Mapping[int, tuple[_Part, Selector]], row: int, attention: Tensor) -> Tensor | None:
+    """Raster indices [M] of what is looked at of a view, whose attention is [H, N]; None: of everything."""
+    part, choose = group[row]
+    if part.keep is None:
+        return None
+    seen = _moved(part.raster, attention)
+    chosen = choose.looks_at(attention[None, :, seen], part.keep)
+    return None if chosen is None else seen[chosen[0]]
 
 
 def _share_budgets(requests: Sequence[EncodingRequest], parts: Sequence[Sequence[_Part]]) -> None:
@@ -232,7 +262,7 @@ def _moved(indices: Tensor, like: Tensor) -> Tensor:
 
 
 def _select_group(choose: Selector, keep: int, group: Sequence[_Part], scores: _WholeScores) -> None:
-    seen = torch.stack([part.candidates.raster(part.pixels.grid) for part in group])
+    seen = torch.stack([part.raster for part in group])
     own = scores.of(choose, group, seen)
     selection = choose(own, keep)
     tokens = selection.tokens(own.features)
@@ -307,7 +337,7 @@ def _why_nothing(budget: TokenBudget, original: int) -> str:
 
 
 def _part_map(part: _Part) -> PartMap:
-    selection = part.selection or Selection(part.candidates.raster(part.pixels.grid))
+    selection = part.selection or Selection(part.raster)
     return PartMap(
         media=part.view.media,
         crop=part.view.crop,

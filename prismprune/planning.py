@@ -193,8 +193,10 @@ class StageFlops:
 
     vision: the tower of N patches, d wide, as far as its output is used, and the projector for the K that
         stay: 2 * (N * 3 p^2 d + B * (4 n d^2 + 2 n^2 d + 2 n d m) + K * w (d + w)) for n = N + 1 tokens, B
-        blocks with MLPs of m, patches of p pixels, and a language model w wide.
-    prefill: see `Need`, and the head for one token. token: the first decoding step after it.
+        blocks with MLPs of m, patches of p pixels, and a language model w wide. Where only M patches are
+        looked at, the last block is 2 n d^2 + M * (2 d^2 + 2 n d + 2 d m).
+    prefill: see `Need`, but of the last layer no more than queries, keys and values for any token but the
+        last, and the head for that. token: the first decoding step after it.
     """
 
     vision: int
@@ -202,28 +204,52 @@ class StageFlops:
     token: int
 
 
-def stage_flops(config: Any, kept: int, text_tokens: int) -> StageFlops:
-    """Of one picture with `kept` visual tokens, and a prompt with `text_tokens` others."""
+def stage_flops(config: Any, kept: int, text_tokens: int, looked_at: int | None = None) -> StageFlops:
+    """Of one picture with `kept` visual tokens, and a prompt with `text_tokens` others.
+
+    looked_at: patches that the method may keep or compares; None: all, and the CLS token.
+    """
     tower, text, prompt = config.vision_config, config.get_text_config(), kept + text_tokens
     patches, width, wide = config.image_seq_length, tower.hidden_size, text.hidden_size
     tokens, blocks = patches + 1, config.vision_feature_layer % (tower.num_hidden_layers + 1)
-    block = 4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * _tower_inner(tower)
+
+    def block(rows: int) -> int:
+        each = 2 * width**2 + 2 * tokens * width + 2 * width * _tower_inner(tower)
+        return int(2 * tokens * width**2 + rows * each)
+
     embedding = patches * 3 * tower.patch_size**2 * width
+    vision = embedding + (blocks - 1) * block(tokens) + block(tokens if looked_at is None else looked_at)
     head = 2 * wide * text.vocab_size
     return StageFlops(
-        vision=2 * (embedding + blocks * block + kept * wide * (width + wide)),
-        prefill=decoder_flops(text, prompt, prompt) + head,
+        vision=2 * (vision + kept * wide * (width + wide)),
+        prefill=_prefill_flops(text, prompt) + head,
         token=decoder_flops(text, 1, prompt + 1) + head,
     )
 
 
 def decoder_flops(text: Any, tokens: int, context: int) -> int:
     """Of a language model's layers, for so many tokens that see `context`, themselves included."""
+    layer = _projections(text, tokens) + _attention_and_mlp(text, tokens, context)
+    return int(text.num_hidden_layers * layer)
+
+
+def _prefill_flops(text: Any, prompt: int) -> int:
+    whole = decoder_flops(text, prompt, prompt)
+    before = whole - whole // text.num_hidden_layers
+    return int(before + _projections(text, prompt) + _attention_and_mlp(text, 1, prompt))
+
+
+def _projections(text: Any, tokens: int) -> int:
+    """To queries, keys and values, in one layer."""
     width = text.hidden_size
     head = getattr(text, "head_dim", None) or width // text.num_attention_heads
-    kv_width = head * text.num_key_value_heads
-    layer = 2 * width * (width + kv_width) + 2 * context * width + 3 * width * text.intermediate_size
-    return int(2 * tokens * text.num_hidden_layers * layer)
+    return int(2 * tokens * width * (width + 2 * head * text.num_key_value_heads))
+
+
+def _attention_and_mlp(text: Any, tokens: int, context: int) -> int:
+    """All behind them."""
+    width = text.hidden_size
+    return int(2 * tokens * (width**2 + 2 * context * width + 3 * width * text.intermediate_size))
 
 
 def _tower_inner(tower: Any) -> int:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from prismprune.families.base import Family, Pixels, Reading, View
+    from prismprune.families.base import Family, Pixels, Reading, View, Wanted
     from prismprune.media import Clip, Picture
     from prismprune.vlm import PrunedVLM
 
@@ -62,7 +62,8 @@ class OneReading:
     def preprocess(self, _views: Sequence[View]) -> list[Pixels]:
         return self.pixels
 
-    def read(self, pixels: Pixels) -> Reading:
+    def read(self, pixels: Pixels, wanted: Wanted | None = None) -> Reading:
+        del wanted  # of no other method
         return next(one for group, one in zip(self.pixels, self.readings, strict=True) if group is pixels)
 
 

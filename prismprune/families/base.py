@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from prismprune.media import Clip, Picture
     from prismprune.replay import TowerReplay
 
+    Wanted = Callable[[int, Tensor], Tensor | None]
+    """A view's row and its attention [H, N] to the raster indices [M] of patches; None: all."""
 
 UNSEEN = Image.new("RGB", (1, 1))
 """The picture of a view of which only processed pixels are at hand."""
@@ -244,9 +246,16 @@ class Family(ABC):
         medium after the other; sizes and boxes are in processed pixels where the original's are not told.
         """
 
+    def prefix(self, _modality: Modality) -> int:
+        """Tokens of a view that are no patches, but are projected with them when nothing is pruned."""
+        return 0
+
     @abstractmethod
-    def read(self, pixels: Pixels) -> Reading:
-        """Run the vision tower as far as its output is used."""
+    def read(self, pixels: Pixels, wanted: Wanted | None = None) -> Reading:
+        """Run the vision tower as far as its output is used.
+
+        wanted: which patches' tokens are used at all; those of others may be zeros then.
+        """
 
     @abstractmethod
     def project(self, tokens: Tensor) -> Tensor:

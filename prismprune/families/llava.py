@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from prismprune.attention import BlockReading, read_block
 from prismprune.errors import UnknownModelError
 from prismprune.families.base import UNSEEN, Box, Family, Modality, Pixels, Processed, Reading, View, Visual
+from prismprune.last_block import can_stop_within, read_wanted
 from prismprune.media import Clip
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from prismprune.families.base import Wanted
+    from prismprune.last_block import WantedOfView
     from prismprune.media import Picture
 
 CLS_TOWERS = ("clip_vision_model", "dinov2")
@@ -82,10 +85,9 @@ class LlavaFamily(Family):
     def tokens_per_image(self) -> int:
         blank = Image.new("RGB", (64, 64))
         rows, columns = self.preprocess([View(blank, blank.size, media=0)])[0].grid
-        return rows * columns + self._prefix("image")
+        return rows * columns + self.prefix("image")
 
-    def _prefix(self, _modality: Modality) -> int:
-        """Tokens of a view that are no patches, but are projected with them when nothing is pruned."""
+    def prefix(self, _modality: Modality) -> int:
         return int(self.model.config.vision_feature_select_strategy == "full")
 
     def _tower(self, _modality: Modality) -> Any:
@@ -167,7 +169,7 @@ class LlavaFamily(Family):
         return self._stills(pixels), [pixels]
 
     def _stills(self, pixels: Pixels) -> list[Processed]:
-        tokens = pixels.grid[0] * pixels.grid[1] + self._prefix("image")
+        tokens = pixels.grid[0] * pixels.grid[1] + self.prefix("image")
         return [
             Processed("image", (View(UNSEEN, UNSEEN.size, place),), tokens)
             for place in range(len(pixels.values))
@@ -184,10 +186,17 @@ class LlavaFamily(Family):
             modality=modality,
         )
 
-    def read(self, pixels: Pixels) -> Reading:
-        tower, prefix = self._tower(pixels.modality), self._prefix(pixels.modality)
-        views = VIEWS_PER_CPU_PASS if pixels.values.device.type == "cpu" else VIEWS_PER_PASS
-        readings = [self._reading(tower, values) for values in torch.split(pixels.values, views)]
+    def read(self, pixels: Pixels, wanted: Wanted | None = None) -> Reading:
+        tower, prefix = self._tower(pixels.modality), self.prefix(pixels.modality)
+        at_once = VIEWS_PER_CPU_PASS if pixels.values.device.type == "cpu" else VIEWS_PER_PASS
+        values = torch.split(pixels.values, at_once)
+        # Of several views at once the patches that somebody looks at are not equally many.
+        if wanted is not None and at_once == 1 and can_stop_within(tower, self._last_block(tower)[0]):
+            readings = [
+                self._read_wanted(tower, each, partial(wanted, row)) for row, each in enumerate(values)
+            ]
+        else:
+            readings = [self._reading(tower, each) for each in values]
         hidden = torch.cat([reading.hidden for reading in readings])
         return Reading(
             tokens=hidden[:, 1 - prefix :],
@@ -201,15 +210,22 @@ class LlavaFamily(Family):
             return self._read_block(tower, values)
         return self.tower_replay.read(tower, values, partial(self._read_block, tower))
 
-    def _read_block(self, tower: Any, values: Tensor) -> BlockReading:
+    def _last_block(self, tower: Any) -> tuple[Any, int, float]:
+        """The block whose output is used, its heads, and the scale of their products."""
         blocks = tower.encoder.layers if hasattr(tower.encoder, "layers") else tower.encoder.layer
-        block = blocks[self._block]
-        attention = block.self_attn if hasattr(block, "self_attn") else block.attention
         heads = tower.config.num_attention_heads
-        scale = (tower.config.hidden_size // heads) ** -0.5
+        return blocks[self._block], heads, (tower.config.hidden_size // heads) ** -0.5
+
+    def _read_block(self, tower: Any, values: Tensor) -> BlockReading:
+        block, heads, scale = self._last_block(tower)
+        attention = block.self_attn if hasattr(block, "self_attn") else block.attention
         with read_block(block, attention, heads=heads, scale=scale) as reading:
             tower(values)
         return reading
+
+    def _read_wanted(self, tower: Any, values: Tensor, wanted: WantedOfView) -> BlockReading:
+        block, heads, scale = self._last_block(tower)
+        return read_wanted(tower, block, values, heads=heads, scale=scale, wanted=wanted)
 
     def project(self, tokens: Tensor) -> Tensor:
         projected: Tensor = self.model.model.multi_modal_projector(tokens)

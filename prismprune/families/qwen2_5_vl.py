@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from prismprune.families.base import KeptPart
+    from prismprune.families.base import KeptPart, Wanted
     from prismprune.media import Picture
 
 PATCHES_PER_PASS = 16384
@@ -211,7 +211,8 @@ class Qwen25VLFamily(Family):
             views = [View(UNSEEN, size, first + number, None, frame, time) for frame, time in times]
             yield Processed(modality, tuple(views), slices * rows * columns // merge**2)
 
-    def read(self, pixels: Pixels) -> Reading:
+    def read(self, pixels: Pixels, wanted: Wanted | None = None) -> Reading:
+        del wanted  # the merger, which comes last, makes one of several patches
         views = max(1, PATCHES_PER_PASS // pixels.values.shape[1])
         readings = [self._read(values, pixels.grid) for values in pixels.values.split(views)]
         return Reading(

@@ -48,8 +48,8 @@ class VideoLlavaFamily(LlavaFamily):
     def placeholder_ids(self) -> dict[Modality, int]:
         return {"image": self.model.config.image_token_id, "video": self.model.config.video_token_id}
 
-    def _prefix(self, modality: Modality) -> int:
-        return 1 if modality == "video" else super()._prefix(modality)
+    def prefix(self, modality: Modality) -> int:
+        return 1 if modality == "video" else super().prefix(modality)
 
     def _tower(self, modality: Modality) -> Any:
         return self.model.model.video_tower if modality == "video" else self.model.model.image_tower
@@ -90,7 +90,7 @@ class VideoLlavaFamily(LlavaFamily):
         if "pixel_values_videos" in inputs:
             clips = inputs["pixel_values_videos"]
             frames = self._processed(clips.flatten(0, 1), len(media), "video")
-            tokens = clips.shape[1] * (frames.grid[0] * frames.grid[1] + self._prefix("video"))
+            tokens = clips.shape[1] * (frames.grid[0] * frames.grid[1] + self.prefix("video"))
             pixels.append(frames)
             for place in range(len(media), len(media) + len(clips)):
                 views = [View(UNSEEN, UNSEEN.size, place, frame=frame) for frame in range(clips.shape[1])]

@@ -111,7 +111,7 @@ class Selector(Protocol):
     its neighbors in the batch. Ties go to the lower raster index, on every device.
 
     needs_keys, needs_projected: the method reads `Scores.keys` or `Scores.projected`, which are computed for
-    no other.
+    no other. looks_at_few: it knows by attention alone which features it needs; the others may be zeros.
     """
 
     __slots__ = ()
@@ -119,6 +119,12 @@ class Selector(Protocol):
     name: ClassVar[str]
     needs_keys: ClassVar[bool] = False
     needs_projected: ClassVar[bool] = False
+    looks_at_few: ClassVar[bool] = False
+
+    def looks_at(self, attention: Tensor, k: int) -> Tensor | None:
+        """Patches [B, M] whose features it compares or may keep, by attention [B, H, N]; None: all."""
+        del attention, k
+        return None
 
     def __call__(self, scores: Scores, k: int) -> Selection: ...
 

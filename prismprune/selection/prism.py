@@ -42,6 +42,7 @@ class Prism(Selector):
     pool_factor: float | Literal["all"] | None = 4
     fps_start: FpsStart = "max_variance"
     name: ClassVar[str] = "prism"
+    looks_at_few: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_range("salient_share", self.salient_share, 0, 1)
@@ -51,25 +52,33 @@ class Prism(Selector):
 
     def __call__(self, scores: Scores, k: int) -> Selection:
         """See `Selector`. `salient` and `diverse` part the kept tokens, also where `k` keeps them all."""
+        salient, pool, variance = self._candidates(scores.attention, k)
         k = min(k, scores.candidates)
-        salient_count = math.floor(self.salient_share * k + ROUNDING)
-        salient = highest(head_mean(scores.attention), salient_count)
-        diverse = self._diverse(scores, salient, k - salient_count)
-        return Selection(torch.cat([salient, diverse], dim=1).sort(dim=1).values, salient, diverse)
-
-    def _diverse(self, scores: Scores, salient: Tensor, k: int) -> Tensor:
-        """Raster indices [B, k], ascending, of tokens outside `salient` [B, K_sal]."""
-        # A variance is never negative: the salient tokens come last, and the pool ends before them.
-        variance = head_variance(scores.attention).scatter(1, salient, -1.0)
-        pool = highest(variance, self._pool_size(k, scores.candidates - salient.shape[1]))
         picks = farthest_points(
             take(scores.features, pool),
-            k,
+            k - salient.shape[1],
             variance=variance.gather(1, pool),
             start=self.fps_start,
             salient=take(scores.features, salient) if self.fps_start == "farthest_from_salient" else None,
         )
-        return pool.gather(1, picks)
+        diverse = pool.gather(1, picks)
+        return Selection(torch.cat([salient, diverse], dim=1).sort(dim=1).values, salient, diverse)
+
+    def looks_at(self, attention: Tensor, k: int) -> Tensor:
+        """See `Selector`: the salient tokens and the pool."""
+        salient, pool, _ = self._candidates(attention, k)
+        return torch.cat([salient, pool], dim=1)
+
+    def _candidates(self, attention: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Raster indices of the salient tokens [B, K_sal] and of the pool [B, M]; the variance [B, N]."""
+        patches = attention.shape[2]
+        k = min(k, patches)
+        salient_count = math.floor(self.salient_share * k + ROUNDING)
+        salient = highest(head_mean(attention), salient_count)
+        # A variance is never negative: the salient tokens come last, and the pool ends before them.
+        variance = head_variance(attention).scatter(1, salient, -1.0)
+        pool = highest(variance, self._pool_size(k - salient_count, patches - salient_count))
+        return salient, pool, variance
 
     def _pool_size(self, k: int, rest: int) -> int:
         if self.pool_factor is None or isinstance(self.pool_factor, str):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from prismprune.selection.base import Scores, Selection, Selector, check_seed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +23,18 @@ class Random(Selector):
 
     seed: int = 0
     name: ClassVar[str] = "random"
+    looks_at_few: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
 
+    def looks_at(self, attention: Tensor, k: int) -> Tensor:
+        """See `Selector`: what it keeps."""
+        images, _, patches = attention.shape
+        # Drawn on the CPU: each kind of device has a generator of its own.
+        order = torch.randperm(patches, generator=torch.Generator().manual_seed(self.seed))
+        return order[:k].sort().values.to(attention.device).expand(images, -1)
+
     def __call__(self, scores: Scores, k: int) -> Selection:
         """See `Selector`."""
-        # Drawn on the CPU: each kind of device has a generator of its own.
-        order = torch.randperm(scores.candidates, generator=torch.Generator().manual_seed(self.seed))
-        indices = order[:k].sort().values.to(scores.features.device)
-        return Selection(indices.expand(scores.images, -1))
+        return Selection(self.looks_at(scores.attention, k))

@@ -7,9 +7,12 @@ For towers without CLS it is what each patch receives on average. Not done: noth
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from prismprune.selection.base import Scores, Selection, Selector, head_mean, highest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +20,13 @@ class Saliency(Selector):
     """The tokens with the highest mean attention over heads."""
 
     name: ClassVar[str] = "saliency"
+    looks_at_few: ClassVar[bool] = True
+
+    def looks_at(self, attention: Tensor, k: int) -> Tensor:
+        """See `Selector`: what it keeps."""
+        return highest(head_mean(attention), k)
 
     def __call__(self, scores: Scores, k: int) -> Selection:
         """See `Selector`. All kept tokens are salient ones."""
-        indices = highest(head_mean(scores.attention), k)
+        indices = self.looks_at(scores.attention, k)
         return Selection(indices, salient=indices, diverse=indices[:, :0])

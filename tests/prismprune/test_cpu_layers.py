@@ -16,8 +16,8 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 
 from prismprune import cpu_products
 from prismprune.batches import roomy_cache
-from prismprune.cpu_layers import use_cpu_products
-from prismprune.cpu_products import CpuLinear, available
+from prismprune.cpu_layers import only_last_row, use_cpu_products
+from prismprune.cpu_products import FEW_ROWS, CpuLinear, available
 from tests.prismprune.test_cpu_products import EVERYTHING, FBGEMM, ONEDNN, halved, packed
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 LAYERS = 2
+MANY = FEW_ROWS[torch.float32]
+"""Tokens of which two rows are more than the few that take weights in 16 bits."""
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -62,6 +64,10 @@ def both(kind: str = "llama", published: torch.dtype = torch.bfloat16) -> tuple[
     joined = copy.deepcopy(plain)
     use_cpu_products(joined, EVERYTHING)
     return plain, joined
+
+
+def ids(rows: int, length: int) -> Tensor:
+    return torch.randint(50, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def said(model: Any, *lengths: int, padding: int = 0) -> list[Tensor]:
@@ -110,7 +116,7 @@ def test_prompts_and_steps_are_transformers(kind: str, padding: int) -> None:
     """Many rows and few, behind one another in a cache."""
     plain, joined = both(kind)
     with torch.inference_mode():
-        assert_same(joined, plain, 40, 1, 1, 5, 1, padding=padding)
+        assert_same(joined, plain, MANY, 1, 1, 5, 1, padding=padding)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -118,7 +124,7 @@ def test_what_is_multiplied_together_is_one_product(kind: str) -> None:
     """Four a layer: queries, keys and values; behind the attention; gate and up; down."""
     _, joined = both(kind)
     assert products(joined, 1) == [FBGEMM] * 4 * LAYERS
-    assert products(joined, 40) == [ONEDNN] * 4 * LAYERS
+    assert products(joined, MANY) == [ONEDNN] * 4 * LAYERS
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -131,9 +137,43 @@ def test_without_room_for_copies_it_is_transformers_own(kind: str) -> None:
         for own, other in zip(apart.modules(), plain.modules(), strict=True)
         if type(own) is not type(other)
     ]
-    assert set(others) == {(CpuLinear, nn.Linear)}
+    last = type(apart.layers[-1]), type(plain.layers[-1])
+    assert set(others) == {(CpuLinear, nn.Linear), last}
     with torch.inference_mode():
         assert_same(apart, plain, 12, 1)
+
+
+@pytest.mark.parametrize("room", [0, EVERYTHING])
+@pytest.mark.parametrize("kind", MODELS)
+def test_where_only_the_last_row_is_used_the_last_layer_computes_one(kind: str, room: int) -> None:
+    """The next tokens, behind prompts with padding, are as ever; its MLP and what is outside say why."""
+    plain, _ = both(kind)
+    model = copy.deepcopy(plain)
+    use_cpu_products(model, room)
+    rows = list[int]()
+    model.layers[-1].mlp.register_forward_hook(
+        lambda _module, inputs, _output: rows.append(inputs[0].shape[1])
+    )
+    fed, asked = ids(2, 13), torch.tensor([[1] * 12, [0] * 3 + [1] * 9])
+    for mask in (asked, torch.ones_like(asked)):
+        given = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0), "use_cache": True}
+        cached, wanted = (roomy_cache() for _ in range(2))
+        with torch.inference_mode():
+            whole = plain(fed[:, :12], attention_mask=mask, past_key_values=wanted, **given)
+            with only_last_row():
+                some = model(fed[:, :12], attention_mask=mask, past_key_values=cached, **given)
+            torch.testing.assert_close(
+                some.last_hidden_state, whole.last_hidden_state[:, -1:], rtol=1e-3, atol=1e-4
+            )
+            longer = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            after = {"position_ids": longer.sum(1, keepdim=True) - 1, "attention_mask": longer}
+            some, whole = (
+                each(fed[:, 12:], past_key_values=known, **after).last_hidden_state
+                for each, known in ((model, cached), (plain, wanted))
+            )
+            torch.testing.assert_close(some, whole, rtol=1e-3, atol=1e-4)
+            assert model(fed).last_hidden_state.shape[1] == 13
+    assert rows == [1, 1, 13] * 2
 
 
 def test_a_weight_that_changes_is_seen() -> None:
@@ -147,14 +187,14 @@ def test_a_weight_that_changes_is_seen() -> None:
             with torch.no_grad():
                 layer.weight.mul_(1.5)
     with torch.inference_mode():
-        assert_same(joined, plain, 40, 1)
+        assert_same(joined, plain, MANY, 1)
     other = torch.nn.Parameter(torch.randn(96, 64), requires_grad=False)
     plain.layers[0].mlp.gate_proj.weight = joined.layers[0].mlp.gate_proj.weight = other
     with torch.inference_mode():
-        assert_same(joined, plain, 40, 1)
+        assert_same(joined, plain, MANY, 1)
         joined.half().float()
         plain.half().float()
-        assert_same(joined, plain, 40, 1)
+        assert_same(joined, plain, MANY, 1)
 
 
 def test_a_layer_that_is_watched_or_replaced_is_called() -> None:
@@ -238,7 +278,14 @@ def test_one_weight_that_16_bits_do_not_hold_costs_its_neighbors_nothing() -> No
     assert packed(first.v_proj)
     assert (type(first), halved(second)) == (LlamaAttention, True)
     with torch.inference_mode():
-        assert_same(model, plain, 40, 1)
+        assert_same(model, plain, MANY, 1)
+
+
+def test_weights_of_32_bits_are_multiplied_together_too() -> None:
+    plain, joined = both(published=torch.float32)
+    assert products(joined, 1) == products(joined, MANY) == [ONEDNN] * 4 * LAYERS
+    with torch.inference_mode():
+        assert_same(joined, plain, MANY, 1)
 
 
 def test_layers_of_one_module_have_their_copies_together_or_not_at_all() -> None:

@@ -14,7 +14,7 @@ from prismprune import PrunedVLM
 from prismprune.cpu_products import available
 from prismprune.planning import stage_flops
 from prismprune.session import Asked
-from tests.prismprune.tiny import picture, save_tiny_llava
+from tests.prismprune.tiny import PATCHES, picture, save_tiny_llava
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -40,13 +40,19 @@ def counted(work: Callable[[], object]) -> int:
 @pytest.mark.parametrize("tower", ["clip", "dinov2"])
 def test_the_stages_do_nothing_beyond_their_arithmetic(tmp_path: Path, tower: str) -> None:
     """All that torch counts is in the formulas: blocks whose output is not used do not run."""
-    vlm = PrunedVLM.from_pretrained(save_tiny_llava(tmp_path, tower=tower))
+    vlm = PrunedVLM.from_pretrained(save_tiny_llava(tmp_path, tower=tower), packed_bytes=2**30)
     encoded = vlm.encode(picture(), KEPT)
     session = vlm.session()
     request = session.prepare(Asked(encoded, ("What is it?",)))
-    expected = stage_flops(vlm.model.config, KEPT, len(request.prompts[0].token_ids) - KEPT)
-    scores = 2 * (16 + 1) * 32  # the CLS query with all keys, 32 wide; `uniform` selects without a product
-    assert counted(lambda: vlm.encode(picture(), KEPT, method="uniform")) == expected.vision + scores
-    assert counted(lambda: session.join([request])) == expected.prefill
+    few, whole = (
+        stage_flops(vlm.model.config, KEPT, len(request.prompts[0].token_ids) - KEPT, looked_at)
+        for looked_at in (KEPT, None)
+    )
+    # The CLS query, 32 wide, and with all keys; neither method multiplies anything to select.
+    scores = 2 * (32 + 16 + 1) * 32
+    assert counted(lambda: vlm.encode(picture(), KEPT, method="uniform")) == few.vision + scores
+    merged = counted(lambda: vlm.encode(picture())) - 2 * (PATCHES - KEPT) * 32 * (32 + 32)
+    assert merged == whole.vision
+    assert counted(lambda: session.join([request])) == few.prefill
     session.step()
-    assert counted(session.step) == expected.token
+    assert counted(session.step) == few.token
