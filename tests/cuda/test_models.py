@@ -77,8 +77,8 @@ def test_nothing_waits_for_the_tower_before_tokens_are_selected(
     expected = [one.token_map for one in encode(vlm._family, requests)]
     read, tokens = vlm._family.read, Selection.tokens
 
-    def reading(pixels: Any) -> Any:
-        found = read(pixels)
+    def reading(pixels: Any, wanted: Any) -> Any:
+        found = read(pixels, wanted)
         torch.cuda.set_sync_debug_mode("error")
         return found
 
