@@ -63,7 +63,6 @@ class BlockReading:
     hidden: Tensor = field(init=False)
     query: Tensor = field(init=False)
     keys: Tensor = field(init=False)
-    _attention: Tensor | None = field(default=None, init=False)
 
     def copied(self) -> BlockReading:
         """The same in tensors of its own."""
@@ -72,10 +71,8 @@ class BlockReading:
         return copy
 
     def cls_attention(self) -> Tensor:
-        """Attention of the CLS query to each patch: [B, H, N], float32. Computed once."""
-        if self._attention is None:
-            self._attention = cls_attention(self._by_head(self.query), self._by_head(self.keys), self.scale)
-        return self._attention
+        """Attention of the CLS query to each patch: [B, H, N], float32."""
+        return cls_attention(self._by_head(self.query), self._by_head(self.keys), self.scale)
 
     def note_queries(self, queries: Tensor) -> None:
         self.query = queries[:, :1].clone()  # a copy, so that the other rows need not stay in memory

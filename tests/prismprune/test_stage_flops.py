@@ -48,8 +48,8 @@ def test_the_stages_do_nothing_beyond_their_arithmetic(tmp_path: Path, tower: st
         stage_flops(vlm.model.config, KEPT, len(request.prompts[0].token_ids) - KEPT, looked_at)
         for looked_at in (KEPT, None)
     )
-    # The CLS query, 32 wide, and with all keys; neither method multiplies anything to select.
-    scores = 2 * (32 + 16 + 1) * 32
+    # The CLS query, 32 wide, and with all keys, once to know what is looked at and once to select.
+    scores = 2 * (32 + 2 * (16 + 1)) * 32
     assert counted(lambda: vlm.encode(picture(), KEPT, method="uniform")) == few.vision + scores
     merged = counted(lambda: vlm.encode(picture())) - 2 * (PATCHES - KEPT) * 32 * (32 + 32)
     assert merged == whole.vision
