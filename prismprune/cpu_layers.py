@@ -160,8 +160,9 @@ class _LastLayer(_Changed):
     def forward(self, hidden_states: Tensor, **given: Any) -> Any:
         if hidden_states.shape[1] == 1 or not _ONLY_LAST.get() or self.training:
             return super().forward(hidden_states, **given)
-        normed = self.input_layernorm(hidden_states)
-        attended, _ = self.self_attn(hidden_states=normed, last_query=True, **given)
+        if isinstance(self.self_attn, _Attention):
+            given["last_query"] = True
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
         last = hidden_states[:, -1:] + attended[:, -1:]
         return last + self.mlp(self.post_attention_layernorm(last))
 
@@ -262,9 +263,10 @@ def use_cpu_products(
             room -= needs
     for module in model.modules():
         layers = getattr(module, "layers", None)
-        if isinstance(layers, nn.ModuleList) and type(layers[-1]).__name__ in LAYERS:
-            original: Any = type(layers[-1])
-            layers[-1].__class__ = _changed_class(original, _LastLayer)
+        last: Any = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
+        original: Any = type(last)
+        if original.__name__ in LAYERS:
+            last.__class__ = _changed_class(original, _LastLayer)
 
 
 def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:

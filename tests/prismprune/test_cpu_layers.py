@@ -233,6 +233,12 @@ def test_gradients_are_transformers() -> None:
         torch.testing.assert_close(other, own, rtol=1e-3, atol=1e-3)
 
 
+def test_a_model_without_layers_is_left_alone() -> None:
+    model = nn.ModuleDict({"layers": nn.ModuleList(), "head": nn.Linear(8, 8)})
+    use_cpu_products(model, EVERYTHING)
+    assert isinstance(model["head"], CpuLinear)
+
+
 def test_eager_attention_gives_its_weights() -> None:
     plain, joined = both()
     ids = torch.tensor([[1, 2, 3]])
