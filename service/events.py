@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import time
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Header
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["answers"])
 
-ALIVE_EVERY_S = 15.0
-"""Proxies close a line that is silent for half a minute."""
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 EVENT_STREAM = {
     "text/event-stream": {
@@ -76,14 +73,11 @@ async def read_events(
 
 async def sent(here: Context, record: JobRecord, after: str = START) -> AsyncGenerator[bytes, None]:
     """The job's events in the wire's format, with a comment now and then that keeps the line open."""
-    spoken = time.monotonic()
     async for event in here.jobs.follow(record, after):
-        if event is not None:
-            yield format_sse_event(event=event.name, data_str=await _data(here, record, event), id=event.id)
-            spoken = time.monotonic()
-        elif time.monotonic() - spoken > ALIVE_EVERY_S:
+        if event is None:
             yield KEEPALIVE_COMMENT
-            spoken = time.monotonic()
+        else:
+            yield format_sse_event(event=event.name, data_str=await _data(here, record, event), id=event.id)
 
 
 async def unless_hung_up(

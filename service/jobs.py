@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 5.0
-"""A waiter looks this often even if nothing wakes it: a half-open connection delivers no message."""
+"""Who waits looks this often even if nothing wakes it: a half-open connection delivers no message."""
 PUBLISHERS = 8
 START = "0-0"
 """Before a stream's first entry."""
 EVENTS_AT_ONCE = 256
-FOLLOW_AGAIN_S = 0.5
-"""A follower of events looks this often even if nothing wakes it; it says now and then that it lives."""
+AWAY_AGAIN_S = 0.5
+"""A follower asks a broker that was away this often."""
 
 _EVENT_NAMES = {name.value for name in EventName}
 _ENDED_WITHOUT_ERROR = {
@@ -295,22 +295,24 @@ class Jobs:
         A broker that is away is waited for. An end that the stream no longer holds is told all the same.
         """
         async with self._signals.of(record.id) as changed:
+            await _wait(changed, LOOK_AGAIN_S)  # its first signal says: subscribed, look once
+            silent = True
             while True:
+                changed.clear()
                 events = await self._events_after(record.id, after)
                 for event in events or ():
                     yield event
                     if event.ends:
                         return
                     after = event.id
-                if not events:
+                if silent and not events:
                     record = await self.look(record)
                     # Once more: the end may have come between. A broker that is away tells nothing.
                     if record.state.terminal and await self._events_after(record.id, after) == []:
                         yield Event(after, EventName.of_end(record.state), {})
                         return
                     yield None
-                await _wait(changed, FOLLOW_AGAIN_S)
-                changed.clear()
+                silent = not await _wait(changed, AWAY_AGAIN_S if events is None else LOOK_AGAIN_S)
 
     async def _events_after(self, job_id: str, after: str) -> list[Event] | None:
         """The entries after `after`, None if the broker is away."""
@@ -336,10 +338,11 @@ class Jobs:
             return last
 
 
-async def _wait(event: asyncio.Event, seconds: float) -> None:
-    """Until `event` is set, at most for `seconds`."""
+async def _wait(event: asyncio.Event, seconds: float) -> bool:
+    """Until `event` is set, at most for `seconds`; whether it was."""
     try:
         async with asyncio.timeout(seconds):
             await event.wait()
     except TimeoutError:
-        return
+        return False
+    return True

@@ -53,6 +53,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SWITCH_S = 0.0002
+"""For so long a thread may keep Python to itself, where 5 ms are Python's default: the engine's comes back
+from a product for the next one every hundred microseconds, and should not wait for a job's JSON."""
 EX_ENGINE_DIED = 70
 """`EX_SOFTWARE` of sysexits.h."""
 
@@ -63,6 +66,7 @@ def main(make: Callable[[WorkerSettings, str, int], WorkerProcess] | None = None
     The last arguments are the supervisor's: a name for this process that no other had, and the pipe to it.
     """
     keep_freed_memory()  # the first of all, as threads take theirs from where they find it
+    sys.setswitchinterval(SWITCH_S)
     settings, (name, pipe) = WorkerSettings(), sys.argv[-2:]
     _configure_logging(settings.log_level)
     faulthandler.enable()  # the supervisor aborts a process that hangs: the log tells where

@@ -64,7 +64,7 @@ async def test_text_wakes_its_reader(
     make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is told while the job runs, though here the reader never looks by itself."""
-    monkeypatch.setattr(jobs, "FOLLOW_AGAIN_S", 3600)
+    monkeypatch.setattr(jobs, "LOOK_AGAIN_S", 3600)
     async with (
         listening(make_settings()) as port,
         httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
@@ -77,6 +77,58 @@ async def test_text_wakes_its_reader(
         async with asyncio.timeout(30):
             while "red" not in (line := await anext(lines)):
                 assert not line.startswith("event: completed")
+        worker.release.set()
+
+
+async def test_who_follows_a_quiet_job_asks_the_broker_nothing(
+    make_settings: MakeSettings, worker: StandInWorker, redis: Redis
+) -> None:
+    """Once it has seen what there was: many wait for long where a queue is full."""
+
+    def asked() -> list[Any]:
+        counts = redis.info("commandstats")
+        return [counts.get(f"cmdstat_{name}") for name in ("xrange", "hgetall")]
+
+    async with (
+        listening(make_settings()) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        http.stream("POST", "/v1/answer", json=question(question="for ever", stream=True)),
+    ):
+        await until(lambda: bool(worker.jobs))
+        await asyncio.sleep(0.3)
+        before = asked()
+        await asyncio.sleep(1.5)
+        assert before == asked()
+        assert before[0] is not None
+        worker.release.set()
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/answer", question(question="for ever")),
+        ("/v1/chat/completions", {"model": MODEL, "messages": messages(text="for ever")}),
+    ],
+)
+async def test_a_comment_keeps_a_quiet_line_open(
+    make_settings: MakeSettings,
+    worker: StandInWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+    body: dict[str, Any],
+) -> None:
+    """Proxies close one that is silent."""
+    monkeypatch.setattr(jobs, "LOOK_AGAIN_S", 0.05)
+    async with (
+        listening(make_settings()) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        http.stream("POST", path, json=body | {"stream": True}) as reply,
+        asyncio.timeout(30),
+    ):
+        lines = reply.aiter_lines()
+        for _ in range(3):
+            while not (await anext(lines)).startswith(":"):
+                continue
         worker.release.set()
 
 
