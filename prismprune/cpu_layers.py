@@ -2,9 +2,10 @@
 
 Linear layers become `CpuLinear`. Attention and gated MLPs of language models multiply the same values by
 three weights and by two: all of them are one product, and queries and keys are turned together, bit for bit
-as before. Where rows are few, calls are a good part of the time: an eighth of a decoding step of the demo's
-language model, whose layers are small (`benchmarks/layers.py`). A language model's last layer computes keys
-and values for every token of a prompt, and the rest for the last one, whose output alone is used.
+as before. Where rows are few, calls are a good part of a decoding step's time, more so as the weights that
+stream by leave nothing in the processor's caches (`benchmarks/layers.py`): layers whose parts nobody watches
+or has changed call them past `nn.Module`. A language model's last layer computes keys and values for every
+token of a prompt, and the rest for the last one, whose output alone is used.
 """
 
 from __future__ import annotations
@@ -15,7 +16,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import cat, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prismprune.cpu_products import Copies, CpuLinear, available, formats
@@ -49,7 +53,7 @@ class _Changed(nn.Module):
     """A transformers module with another `forward`. Copies and pickles are transformers' own."""
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        own = {"copies", "rotation"}  # of this process
+        own = {"copies", "rotation", "last", "stack"}  # of this process
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         return _blank, (type(self).__bases__[1],), state
 
@@ -110,28 +114,53 @@ class _Attention(_Joined):
 
     def forward(self, hidden_states: Tensor, *, last_query: bool = False, **given: Any) -> Any:
         """last_query: what the others attend to may be left out."""
-        sdpa = self.config._attn_implementation == "sdpa"  # noqa: SLF001 (its only name)
-        projected = self.products(hidden_states) if sdpa else None
+        projected = self.products(hidden_states) if self.sdpa else None
         if projected is None:
             return super().forward(hidden_states, **given)
-        batch, length, _ = hidden_states.shape
+        return self.o_proj(self.attended(projected, last_query=last_query, **given)), None
+
+    @property
+    def sdpa(self) -> bool:
+        """Whether that is how it attends."""
+        name: str = self.config._attn_implementation  # noqa: SLF001 (its only name)
+        return name == "sdpa"
+
+    def attended(
+        self,
+        projected: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        *,
+        last_query: bool = False,
+        **given: Any,
+    ) -> Tensor:
+        """What its queries find, before the product behind it: [B, L, heads * head_dim].
+
+        projected: queries, keys and values side by side, [B, L, outputs].
+        """
+        batch, length, _ = projected.shape
         heads, groups = projected.view(batch, length, -1, self.head_dim), self.num_key_value_groups
         key_heads = heads.shape[2] // (groups + 2)
-        turning, values = heads.split(((groups + 1) * key_heads, key_heads), dim=2)
-        turned = self.rotation.turned(turning, given.pop("position_embeddings")).transpose(1, 2)
-        queries, keys = turned.split((groups * key_heads, key_heads), dim=1)
-        values = values.transpose(1, 2)
-        cached = given.pop("past_key_values", None)
-        if cached is not None:
-            keys, values = cached.update(keys, values, self.layer_idx)
-        mask = given.pop("attention_mask", None)
+        query_heads = groups * key_heads
+        turning = heads.narrow(2, 0, query_heads + key_heads)
+        turned = self.rotation.turned(turning, position_embeddings).transpose(1, 2)
+        queries, keys = turned.narrow(1, 0, query_heads), turned.narrow(1, query_heads, key_heads)
+        values = heads.narrow(2, query_heads + key_heads, key_heads).transpose(1, 2)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
         if last_query:
             queries, length = queries[:, :, -1:], 1
-            mask = None if mask is None else mask[:, :, -1:]
-        attended, weights = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            self, queries, keys, values, mask, scaling=self.scaling, **given
-        )
-        return self.o_proj(attended.reshape(batch, length, -1)), weights
+            attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
+        if length == 1 and attention_mask is None:
+            found = scaled_dot_product_attention(
+                queries, keys, values, scale=self.scaling, enable_gqa=groups > 1
+            ).transpose(1, 2)
+        else:
+            found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
+                self, queries, keys, values, attention_mask, scaling=self.scaling, **given
+            )
+        return found.reshape(batch, length, -1)
 
 
 class _GatedMLP(_Joined):
@@ -143,28 +172,110 @@ class _GatedMLP(_Joined):
 
     def forward(self, x: Tensor) -> Any:
         products = self.products(x)
-        if products is None:
-            return super().forward(x)
+        return super().forward(x) if products is None else self.down_proj(self.activated(products))
+
+    def activated(self, products: Tensor) -> Tensor:
+        """`act(gate) * up`, of both side by side."""
         gate, up = products.chunk(2, dim=-1)
-        return self.down_proj(self.act_fn(gate).mul_(up))
+        activated: Tensor = self.act_fn(gate)
+        return activated.mul_(up)
 
 
-class _LastLayer(_Changed):
-    """A language model's last layer: see `only_last_row`."""
+class _Stack:
+    """The layers of one language model, and whether they may call their parts past `nn.Module`.
+
+    That is looked into once a pass, for all of them: few rows leave no part of a layer in the processor's
+    caches, and to look at it costs as much as a call. A pass is known by its embeddings of positions.
+    """
+
+    def __init__(self, layers: Sequence[_Layer]) -> None:
+        self._layers = layers
+        self._known: tuple[Any, bool] = (None, False)
+        self._copies = [copies for layer in layers for copies in layer.all_copies]
+        parents = [module for layer in layers for module in layer.modules()]
+        self._places = [
+            (parent._modules, name, module)  # noqa: SLF001 (no public name)
+            for parent in parents
+            for name, module in parent._modules.items()  # noqa: SLF001
+        ]
+        self._hooks = [
+            hooks
+            for _, _, module in self._places
+            if module is not None
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
+        ]
+
+    def direct(self, values: Tensor, embeddings: Any) -> bool:
+        """Whether a layer that gets these [B, L, hidden] may."""
+        known, direct = self._known
+        if known is not embeddings or embeddings is None:
+            direct = self._unwatched() and self._served(values)
+            self._known = embeddings, direct
+        return direct
+
+    def _unwatched(self) -> bool:
+        """No part has a hook, another module in its place, or is trained."""
+        return not (
+            _has_any_global_hook()
+            or any(self._hooks)
+            or any(places[name] is not module for places, name, module in self._places)
+            or any(layer.training for layer in self._layers)
+        )
+
+    def _served(self, values: Tensor) -> bool:
+        """Every product has a copy for so many rows, and for one of each prompt."""
+        if torch.is_grad_enabled() or not self._layers[0].self_attn.sdpa:
+            return False
+        rows, prompts = values.shape[0] * values.shape[1], values.shape[0]
+        return all(
+            copies.fit(values) and copies.serves(rows) and copies.serves(prompts) and copies.current()
+            for copies in self._copies
+        )
+
+
+class _Layer(_Changed):
+    """A language model's layer whose parts are called past `nn.Module` where its `stack` says so.
+
+    The last one: see `only_last_row`.
+    """
 
     self_attn: Any
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
+    last: bool
+    stack: _Stack | None
+
+    @property
+    def all_copies(self) -> list[Copies]:
+        """Of its products, in their order; fewer if some have none."""
+        holders = (self.self_attn, self.self_attn.o_proj, self.mlp, self.mlp.down_proj)
+        every = (holder.__dict__.get("copies") for holder in holders)
+        return [copies for copies in every if copies is not None]
 
     def forward(self, hidden_states: Tensor, **given: Any) -> Any:
-        if hidden_states.shape[1] == 1 or not _ONLY_LAST.get() or self.training:
+        only = self.last and hidden_states.shape[1] > 1 and _ONLY_LAST.get()
+        if self.stack is not None and self.stack.direct(hidden_states, given.get("position_embeddings")):
+            return self._directly(hidden_states, only=only, **given)
+        if not only or self.training:
             return super().forward(hidden_states, **given)
         if isinstance(self.self_attn, _Attention):
             given["last_query"] = True
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
         last = hidden_states[:, -1:] + attended[:, -1:]
         return last + self.mlp(self.post_attention_layernorm(last))
+
+    def _directly(self, states: Tensor, *, only: bool, **given: Any) -> Tensor:
+        attention, mlp = self.self_attn, self.mlp
+        rows = states.shape[0] * states.shape[1]
+        projected = attention.copies.multiplied(self.input_layernorm.forward(states), rows)
+        attended = attention.attended(projected, last_query=only, **given)
+        if only:
+            states, rows = states[:, -1:], states.shape[0]
+        states = attention.o_proj.copies.multiplied(attended, rows).add_(states)
+        products = mlp.copies.multiplied(self.post_attention_layernorm.forward(states), rows)
+        down: Copies = mlp.down_proj.copies
+        return down.multiplied(mlp.activated(products), rows).add_(states)
 
 
 JOINED: Mapping[str, Any] = {
@@ -177,7 +288,9 @@ JOINED: Mapping[str, Any] = {
 }
 """Transformers' modules, by their names, that compute what these do."""
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2_5_VLDecoderLayer"}
-"""Transformers' layers, by their names, of which the last may be a `_LastLayer`."""
+"""Transformers' layers, by their names, that may be a `_Layer`."""
+PRODUCTS = 4
+"""Of a layer: queries, keys and values; behind the attention; gate and up; down."""
 
 
 @cache
@@ -261,12 +374,28 @@ def use_cpu_products(
         if not never and needs <= room:
             group.pack()
             room -= needs
-    for module in model.modules():
+    for module in list(model.modules()):
         layers = getattr(module, "layers", None)
-        last: Any = layers[-1] if isinstance(layers, nn.ModuleList) and len(layers) else None
-        original: Any = type(last)
-        if original.__name__ in LAYERS:
-            last.__class__ = _changed_class(original, _LastLayer)
+        if isinstance(layers, nn.ModuleList):
+            _change_layers(layers)
+
+
+def _change_layers(layers: nn.ModuleList) -> None:
+    """Make them `_Layer`s if they are of `LAYERS`; where all their products have copies, of one `_Stack`."""
+    if any(type(layer).__name__ not in LAYERS for layer in layers):
+        return
+    changed: list[Any] = list(layers)
+    for layer in changed:
+        original: Any = type(layer)
+        layer.__class__ = _changed_class(original, _Layer)
+        layer.last, layer.stack = layer is changed[-1], None
+    joined = all(
+        isinstance(layer.self_attn, _Attention) and isinstance(layer.mlp, _GatedMLP) for layer in changed
+    )
+    if changed and joined and all(len(layer.all_copies) == PRODUCTS for layer in changed):
+        stack = _Stack(changed)
+        for layer in changed:
+            layer.stack = stack
 
 
 def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:

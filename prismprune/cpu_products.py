@@ -91,17 +91,33 @@ class Copies:
     def product(self, values: Tensor) -> Tensor | None:
         """None where no copy serves: gradients are wanted, or another way is as fast for so many rows."""
         # A decoding step of a small model comes here every ten microseconds: as little as possible is asked.
-        dtype = values.dtype
-        if torch.is_grad_enabled() or dtype is not self._format or not values.is_cpu:
-            return None
-        if self._made_of != self._identities() and not self._made_again():
+        if torch.is_grad_enabled() or not self.fit(values):
             return None
         rows = values.numel() // (values.shape[-1] or 1)
-        if self.half is not None and 0 < rows <= FEW_ROWS[dtype]:
+        return self.multiplied(values, rows) if self.current() and self.serves(rows) else None
+
+    def current(self) -> bool:
+        """Whether they are copies of the weights that there are now, if need be made again."""
+        return self._made_of == self._identities() or self._made_again()
+
+    def serves(self, rows: int) -> bool:
+        """Whether a copy is the fastest way for so many rows."""
+        if self.half is not None and 0 < rows <= FEW_ROWS[self._format]:
+            return True
+        slower = rows < MKL_ROWS and self._format is torch.float32 and mkl_is_fast()
+        return self.packed is not None and rows > 0 and not slower
+
+    def multiplied(self, values: Tensor, rows: int) -> Tensor:
+        """The product of `rows` rows, which a copy `serves`."""
+        if self.half is not None and rows <= FEW_ROWS[self._format]:
             return self.half.product(values, self._bias)
-        if self.packed is None or not rows or (rows < MKL_ROWS and dtype is torch.float32 and mkl_is_fast()):
-            return None
+        if self.packed is None:
+            raise RuntimeError("no copy serves so many rows")
         return _product(values, self.packed, self._bias)
+
+    def fit(self, values: Tensor) -> bool:
+        """Whether these are of their format, in the memory of the processor."""
+        return values.dtype is self._format and values.is_cpu
 
     def _made_again(self) -> bool:
         """Of the weights that there are now, if they are of the same format."""

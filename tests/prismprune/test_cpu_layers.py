@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import profile
 from transformers import LlamaConfig, LlamaModel, MistralConfig, MistralModel, Qwen2_5_VLTextConfig
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
@@ -220,6 +221,51 @@ def test_a_layer_that_is_watched_or_replaced_is_called() -> None:
         assert_same(joined, plain, 4, 1)
     assert len(seen) == 2 * 2
     torch.testing.assert_close(seen[0], seen[2], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", ["mlp", "mlp.act_fn", "input_layernorm", "self_attn.o_proj", "self_attn"])
+def test_a_part_that_is_watched_is_called(part: str) -> None:
+    """From the next pass on, though the pass before called none of them as a module; and no longer after."""
+    _, joined = both()
+    seen: list[Tensor] = []
+
+    def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        seen.append(output[0] if isinstance(output, tuple) else output)
+
+    with torch.inference_mode():
+        wanted = said(joined, MANY, 1)
+        with joined.layers[1].get_submodule(part).register_forward_hook(note):
+            torch.testing.assert_close(said(joined, MANY, 1), wanted, rtol=0, atol=0)
+        assert len(seen) == 2
+        with register_module_forward_hook(note):
+            said(joined, 1)
+        assert len(seen) > 2 + 2 * LAYERS
+        del seen[:]
+        said(joined, MANY, 1)
+    assert not seen
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_parts_that_nobody_watches_are_called_past_their_module(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, joined = both(kind)
+    called: list[str] = []
+    call = nn.Module.__call__
+
+    def noted(module: nn.Module, *args: Any, **given: Any) -> Any:
+        called.append(type(module).__name__)
+        return call(module, *args, **given)
+
+    monkeypatch.setattr(nn.Module, "__call__", noted)
+    with torch.inference_mode():
+        said(joined, MANY, 1)
+        layers = [name for name in called if name.endswith("Layer")]
+        parts = [name for name in called if name.endswith(("MLP", "Attention", "Linear"))]
+        assert (len(layers), parts) == (2 * LAYERS, [])
+        joined.layers[0].mlp.up_proj = CpuLinear(64, 96)
+        said(joined, 1)
+    assert "CpuLinear" in called
 
 
 def test_gradients_are_transformers() -> None:
