@@ -2,10 +2,11 @@
 
 Linear layers become `CpuLinear`. Attention and gated MLPs of language models multiply the same values by
 three weights and by two: all of them are one product, and queries and keys are turned together, bit for bit
-as before. Where rows are few, calls are a good part of a decoding step's time, more so as the weights that
-stream by leave nothing in the processor's caches (`benchmarks/layers.py`): layers whose parts nobody watches
-or has changed call them past `nn.Module`. A language model's last layer computes keys and values for every
-token of a prompt, and the rest for the last one, whose output alone is used.
+as before. Norms take five calls for nine, up to rounding. Where rows are few, calls are a good part of a
+decoding step's time, more so as the weights that stream by leave nothing in the processor's caches
+(`benchmarks/layers.py`): layers whose parts nobody watches or has changed call them past `nn.Module`. A
+language model's last layer computes keys and values for every token of a prompt, and the rest for the last
+one, whose output alone is used.
 """
 
 from __future__ import annotations
@@ -53,13 +54,28 @@ class _Changed(nn.Module):
     """A transformers module with another `forward`. Copies and pickles are transformers' own."""
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        own = {"copies", "rotation", "last", "stack"}  # of this process
+        own = {"copies", "epsilon", "last", "rotation", "stack"}  # of this process
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         return _blank, (type(self).__bases__[1],), state
 
 
 def _blank(original: type[nn.Module]) -> nn.Module:
     return original.__new__(original)
+
+
+class _Norm(_Changed):
+    """Root mean square normalization in five calls of nine, up to the rounding of float32."""
+
+    weight: Tensor
+    epsilon: Tensor
+
+    def forward(self, hidden_states: Tensor) -> Any:
+        inexact = hidden_states.dtype is not torch.float32 or self.weight.dtype is not torch.float32
+        if inexact or torch.is_grad_enabled() or not hidden_states.is_cpu:
+            return super().forward(hidden_states)
+        length = torch.linalg.vector_norm(hidden_states, 2, -1, True)
+        mean = torch.addcmul(self.epsilon, length, length, value=1 / hidden_states.shape[-1])
+        return hidden_states.mul(mean.rsqrt_()).mul_(self.weight)
 
 
 class _Joined(_Changed):
@@ -289,6 +305,8 @@ JOINED: Mapping[str, Any] = {
 """Transformers' modules, by their names, that compute what these do."""
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2_5_VLDecoderLayer"}
 """Transformers' layers, by their names, that may be a `_Layer`."""
+NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2_5_VLRMSNorm"}
+"""Transformers' norms, by their names, that compute what `_Norm` does."""
 PRODUCTS = 4
 """Of a layer: queries, keys and values; behind the attention; gate and up; down."""
 
@@ -374,10 +392,23 @@ def use_cpu_products(
         if not never and needs <= room:
             group.pack()
             room -= needs
+    _change_others(model)
+
+
+def _change_others(model: nn.Module) -> None:
+    """Norms, and layers as a whole."""
     for module in list(model.modules()):
+        if type(module).__name__ in NORMS:
+            _change_norm(module)
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList):
             _change_layers(layers)
+
+
+def _change_norm(norm: Any) -> None:
+    original: Any = type(norm)
+    norm.epsilon = torch.tensor(norm.variance_epsilon)
+    norm.__class__ = _changed_class(original, _Norm)
 
 
 def _change_layers(layers: nn.ModuleList) -> None:

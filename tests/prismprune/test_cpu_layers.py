@@ -138,8 +138,11 @@ def test_without_room_for_copies_it_is_transformers_own(kind: str) -> None:
         for own, other in zip(apart.modules(), plain.modules(), strict=True)
         if type(own) is not type(other)
     ]
-    last = type(apart.layers[-1]), type(plain.layers[-1])
-    assert set(others) == {(CpuLinear, nn.Linear), last}
+    layers, norms = (
+        (type(own), type(other))
+        for own, other in ((apart.layers[-1], plain.layers[-1]), (apart.norm, plain.norm))
+    )
+    assert set(others) == {(CpuLinear, nn.Linear), layers, norms}
     with torch.inference_mode():
         assert_same(apart, plain, 12, 1)
 
@@ -266,6 +269,19 @@ def test_parts_that_nobody_watches_are_called_past_their_module(
         joined.layers[0].mlp.up_proj = CpuLinear(64, 96)
         said(joined, 1)
     assert "CpuLinear" in called
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", MODELS)
+def test_norms_are_transformers(kind: str, dtype: torch.dtype) -> None:
+    """In float32 up to its rounding, also of large and of small values; in other formats bit for bit."""
+    plain, joined = both(kind)
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 0.0}[dtype]
+    for size in (1e-6, 1, 1e6):
+        values = (size * torch.randn(2, 5, 64, generator=torch.Generator().manual_seed(2))).to(dtype)
+        with torch.inference_mode():
+            own, wanted = (model.to(dtype).norm(values) for model in (joined, plain))
+        torch.testing.assert_close(own, wanted, rtol=rounding, atol=rounding)
 
 
 def test_gradients_are_transformers() -> None:
