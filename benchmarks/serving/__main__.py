@@ -38,7 +38,7 @@ from benchmarks.serving.rivals.litserve_plain import LitServePlain
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.rivals.transformers_serve import TransformersServe
 from benchmarks.serving.rivals.vllm_cpu import VllmCpu
-from benchmarks.serving.servers import Keeper
+from benchmarks.serving.servers import Keeper, at_rest
 from prismprune.settings import LibrarySettings
 
 if TYPE_CHECKING:
@@ -192,6 +192,8 @@ class Bench:
 
     def _round(self, contender: Contender, load: Load, requests: int, seed: int) -> Round:
         contents = questions(requests, seed)
+        if not at_rest([each.server for each in self.contenders]):
+            self._say("asked while another still works", contender)
         if load.way == "closed":
             loop = closed_loop(contender, contents, int(load.level), self.tokens)
         else:

@@ -19,7 +19,7 @@ from service.serve import guard
 from service.serve.machine import free_ports
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -27,6 +27,9 @@ START_S = 1800
 """vLLM compiles for minutes, and for many more where the machine is busy."""
 PATIENCE_S = 30
 """For a server to end after SIGTERM, before its whole process group is killed."""
+REST_S, REST_WITHIN_S = 0.5, 10.0
+BUSY = 0.1
+"""Of a core, at rest: heartbeats and the like."""
 LOOK_S = 0.25
 REST = 50
 """How many times as long as a look at a server's memory took nobody looks again: it takes the cores' time."""
@@ -93,6 +96,21 @@ class Server:
             over.set()
             watcher.join()
             usage.cpu_s = tree_cpu_s(self.process) - before
+
+
+def at_rest(servers: Sequence[Server]) -> bool:
+    """Waits until none of them uses the processors; False if one still does after `REST_WITHIN_S`.
+
+    vLLM looks for work for a second after an answer, on a whole core: that is not the next one's time to pay.
+    """
+    processes = {server.process.pid: server.process for server in servers}.values()
+    until = time.monotonic() + REST_WITHIN_S
+    while time.monotonic() < until:
+        before = sum(map(tree_cpu_s, processes))
+        time.sleep(REST_S)
+        if sum(map(tree_cpu_s, processes)) - before <= BUSY * REST_S:
+            return True
+    return False
 
 
 @dataclass

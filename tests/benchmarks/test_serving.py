@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.serving import servers
 from benchmarks.serving.asking import Contender, Round, Told, closed_loop, open_loop, questions
 from benchmarks.serving.checkpoint import TOWER, renamed
 from benchmarks.serving.report import Load, plot, rows, table
-from benchmarks.serving.servers import Keeper, Launch, Usage
+from benchmarks.serving.servers import Keeper, Launch, Server, Usage, at_rest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -64,6 +65,22 @@ def test_every_question_is_asked_once(keeper: Keeper, way: str, streams: bool) -
     assert {answer.per_token_s is None for answer in done.answers} == {not streams}
     assert all(0 < answer.first_s <= answer.total_s <= done.wall_s for answer in done.answers)
     assert done.usage.peak_bytes > 0
+
+
+def test_a_round_waits_until_no_server_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some look for work for a while after their last answer; one that does for ever is not waited for."""
+    work = (
+        "import time; ends = time.process_time() + {}\nwhile time.process_time() < ends: pass\ntime.sleep(60)"
+    )
+    for seconds, within_s, rests in ((1.2, 30.0, True), (60, 1.0, False)):
+        monkeypatch.setattr(servers, "REST_WITHIN_S", within_s)
+        with psutil.Popen([sys.executable, "-c", work.format(seconds)]) as process:
+            try:
+                server = Server(Words(), "", process)
+                assert at_rest([server, server]) is rests
+                assert (sum(process.cpu_times()[:2]) >= seconds) is rests
+            finally:
+                process.kill()
 
 
 def test_an_answer_of_another_length_ends_the_benchmark(keeper: Keeper) -> None:
