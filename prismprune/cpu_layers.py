@@ -244,7 +244,7 @@ class _Stack:
             return False
         rows, prompts = values.shape[0] * values.shape[1], values.shape[0]
         return all(
-            copies.fit(values) and copies.serves(rows) and copies.serves(prompts) and copies.current()
+            copies.fit(values) and copies.current() and copies.serves(rows) and copies.serves(prompts)
             for copies in self._copies
         )
 

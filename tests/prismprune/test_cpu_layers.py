@@ -201,6 +201,21 @@ def test_a_weight_that_changes_is_seen() -> None:
         assert_same(joined, plain, MANY, 1)
 
 
+def test_a_weight_that_16_bits_no_longer_hold_is_seen() -> None:
+    """Also where there was room for copies in 16 bits alone."""
+    plain, _ = both()
+    model = copy.deepcopy(plain)
+    linear = (layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    use_cpu_products(model, 2 * sum(linear))
+    with torch.inference_mode():
+        assert products(model, 1) == [FBGEMM] * 4 * LAYERS
+    with torch.no_grad():
+        for each in (plain, model):
+            each.layers[1].self_attn.v_proj.weight[0, 0] = 1 / 3
+    with torch.inference_mode():
+        assert_same(model, plain, 1, 1)
+
+
 def test_a_layer_that_is_watched_or_replaced_is_called() -> None:
     """As adapters do: what is in its place computes, and hooks see what it gives."""
 
