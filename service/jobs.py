@@ -305,6 +305,8 @@ class Jobs:
                     if event.ends:
                         return
                     after = event.id
+                if events and len(events) == EVENTS_AT_ONCE:
+                    continue  # there may be more already
                 if silent and not events:
                     record = await self.look(record)
                     # Once more: the end may have come between. A broker that is away tells nothing.

@@ -151,6 +151,19 @@ async def test_a_broken_reader_goes_on_where_it_was(client: httpx.AsyncClient) -
         assert parsed(rest.text) == whole[place + 1 :]
 
 
+async def test_a_long_stream_is_read_to_its_end_at_once(
+    client: httpx.AsyncClient, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody wakes who reads what has been over for long, in as many parts as it takes."""
+    job_id = await started(client, "stream")
+    await state_of(redis, job_id, "succeeded")
+    monkeypatch.setattr(jobs, "EVENTS_AT_ONCE", 2)
+    monkeypatch.setattr(jobs, "LOOK_AGAIN_S", 3600)
+    async with asyncio.timeout(30):
+        events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
+    assert [event for event, _, _ in events] == ["queued", "started", *["token"] * 3, "completed"]
+
+
 async def test_an_end_that_the_stream_lost_is_told_all_the_same(
     client: httpx.AsyncClient, redis: Redis
 ) -> None:
