@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import cat, nn
-from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from prismprune.cpu_attention import CpuAttention
 from prismprune.cpu_products import Copies, CpuLinear, available, formats
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class _Changed(nn.Module):
     """A transformers module with another `forward`. Copies and pickles are transformers' own."""
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        own = {"copies", "epsilon", "last", "rotation", "stack"}  # of this process
+        own = {"attention", "copies", "epsilon", "last", "rotation", "stack"}  # of this process
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         return _blank, (type(self).__bases__[1],), state
 
@@ -86,11 +86,11 @@ class _Joined(_Changed):
     """
 
     joins: tuple[str, ...]
-    copies: Copies
+    copies: Copies | None = None
 
     def products(self, values: Tensor) -> Tensor | None:
         """Of the layers that it joins, side by side: [..., outputs]. None: multiply as ever."""
-        if self.training:
+        if self.training or self.copies is None:
             return None
         for name, layer in zip(self.joins, self.copies.layers, strict=True):
             hooks = layer._forward_hooks or layer._forward_pre_hooks  # noqa: SLF001 (no public name)
@@ -116,11 +116,20 @@ class _Rotation:
         return (heads * cosine).add_(heads.roll(half, -1).mul_(signed))
 
 
+class _Common:
+    """Of all attention modules of a model."""
+
+    def __init__(self) -> None:
+        self.rotation = _Rotation()
+        self.attention = CpuAttention()
+
+
 class _Attention(_Joined):
     """Self-attention of Llama, and of language models that compute theirs in the same way."""
 
     joins = ("q_proj", "k_proj", "v_proj")
     rotation: _Rotation
+    attention: CpuAttention
     config: Any
     o_proj: Any
     head_dim: int
@@ -130,9 +139,12 @@ class _Attention(_Joined):
 
     def forward(self, hidden_states: Tensor, *, last_query: bool = False, **given: Any) -> Any:
         """last_query: what the others attend to may be left out."""
-        projected = self.products(hidden_states) if self.sdpa else None
-        if projected is None:
+        inexact = self.training or torch.is_grad_enabled()
+        if inexact or not self.sdpa or not hidden_states.is_cpu:
             return super().forward(hidden_states, **given)
+        projected = self.products(hidden_states)
+        if projected is None:
+            projected = cat([getattr(self, name)(hidden_states) for name in self.joins], dim=-1)
         return self.o_proj(self.attended(projected, last_query=last_query, **given)), None
 
     @property
@@ -168,15 +180,13 @@ class _Attention(_Joined):
         if last_query:
             queries, length = queries[:, :, -1:], 1
             attention_mask = None if attention_mask is None else attention_mask[:, :, -1:]
-        if length == 1 and attention_mask is None:
-            found = scaled_dot_product_attention(
-                queries, keys, values, scale=self.scaling, enable_gqa=groups > 1
-            ).transpose(1, 2)
-        else:
+        found = self.attention.attended(queries, keys, values, attention_mask, self.scaling)
+        if found is None:
             found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
                 self, queries, keys, values, attention_mask, scaling=self.scaling, **given
             )
-        return found.reshape(batch, length, -1)
+            found = found.reshape(batch, length, -1)
+        return found
 
 
 class _GatedMLP(_Joined):
@@ -303,6 +313,8 @@ JOINED: Mapping[str, Any] = {
     "Qwen2MLP": _GatedMLP,
 }
 """Transformers' modules, by their names, that compute what these do."""
+ATTENTION = frozenset(name for name, change in JOINED.items() if change is _Attention)
+"""Those of them that attend."""
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2_5_VLDecoderLayer"}
 """Transformers' layers, by their names, that may be a `_Layer`."""
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2_5_VLRMSNorm"}
@@ -323,7 +335,7 @@ class _Group:
     holder: Any
     layers: tuple[CpuLinear, ...]
     part: str | None
-    rotation: _Rotation
+    common: _Common
 
     def bytes(self, of_a_weight: int) -> int:
         """What a copy takes."""
@@ -340,7 +352,7 @@ class _Group:
         if copies.halve():
             self._hold(copies)
         elif len(self.layers) > 1:
-            alone = [_Group(layer, (layer,), self.part, self.rotation) for layer in self.layers]
+            alone = [_Group(layer, (layer,), self.part, self.common) for layer in self.layers]
             for each in alone:
                 each.halve()
             if any(each.halved for each in alone):
@@ -358,7 +370,7 @@ class _Group:
         original: Any = type(self.holder)
         if original is not CpuLinear:
             self.holder.__class__ = _changed_class(original, JOINED[original.__name__])
-            self.holder.rotation = self.rotation
+            self.holder.rotation, self.holder.attention = self.common.rotation, self.common.attention
 
 
 def use_cpu_products(
@@ -396,13 +408,22 @@ def use_cpu_products(
 
 
 def _change_others(model: nn.Module) -> None:
-    """Norms, and layers as a whole."""
+    """Attention whose products are apart, norms, and layers as a whole."""
+    common = _Common()
     for module in list(model.modules()):
         if type(module).__name__ in NORMS:
             _change_norm(module)
+        elif type(module).__name__ in ATTENTION and not isinstance(module, _Attention):
+            _change_attention(module, common)
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList):
             _change_layers(layers)
+
+
+def _change_attention(attention: Any, common: _Common) -> None:
+    original: Any = type(attention)
+    attention.__class__ = _changed_class(original, _Attention)
+    attention.rotation, attention.attention = common.rotation, common.attention
 
 
 def _change_norm(norm: Any) -> None:
@@ -431,16 +452,16 @@ def _change_layers(layers: nn.ModuleList) -> None:
 
 def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:
     """Of all layers, in the model's order."""
-    joined, rotation = set[nn.Module](), _Rotation()
+    joined, common = set[nn.Module](), _Common()
     for name, module in model.named_modules():
         part = next((own for place, own in outside.items() if f"{name}.".startswith(f"{place}.")), None)
         if (kind := JOINED.get(type(module).__name__)) is not None:
             layers = tuple(module.get_submodule(each) for each in kind.joins)
             if _alike(layers):
                 joined |= {*layers}
-                yield _Group(module, layers, part, rotation)
+                yield _Group(module, layers, part, common)
         elif isinstance(module, CpuLinear) and module not in joined:
-            yield _Group(module, (module,), part, rotation)
+            yield _Group(module, (module,), part, common)
 
 
 def _alike(layers: Sequence[nn.Module]) -> TypeGuard[tuple[CpuLinear, ...]]:
