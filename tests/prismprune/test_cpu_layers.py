@@ -146,6 +146,27 @@ def test_without_room_for_copies_it_is_transformers_own(kind: str) -> None:
         assert_same(apart, plain, 12, 1)
 
 
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize("room", [0, EVERYTHING])
+@pytest.mark.parametrize("kind", MODELS)
+def test_numbers_of_16_bits(kind: str, room: int, padding: int) -> None:
+    """With copies and without, up to their rounding; a part that is watched is called."""
+    plain, _ = both(kind)
+    model = copy.deepcopy(plain).bfloat16()
+    use_cpu_products(model, room)
+    watched: list[Tensor] = []
+    model.layers[0].self_attn.k_proj.register_forward_hook(
+        lambda _module, _inputs, output: watched.append(output)
+    )
+    lengths = (MANY, 1, 1, 5, 1)
+    with torch.inference_mode():
+        for own, wanted in zip(
+            said(model, *lengths, padding=padding), said(plain, *lengths, padding=padding), strict=True
+        ):
+            torch.testing.assert_close(own.float(), wanted, rtol=5e-2, atol=1e-1)
+    assert len(watched) == len(lengths)
+
+
 @pytest.mark.parametrize("room", [0, EVERYTHING])
 @pytest.mark.parametrize("kind", MODELS)
 def test_where_only_the_last_row_is_used_the_last_layer_computes_one(kind: str, room: int) -> None:
