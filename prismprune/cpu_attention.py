@@ -42,7 +42,8 @@ class CpuAttention:
         """What each query finds; None: as ever is as fast.
 
         queries: [B, heads, L, head_dim]. keys, values: [B, shared heads, T, head_dim]. mask: [B, 1, L, T],
-        true where a query looks; None: a single query looks at everything, others at what is not behind them.
+        true where a query looks; None: a single query looks at everything, others, with L = T, at what is not
+        behind them.
         """
         length, groups = queries.shape[2], queries.shape[1] // keys.shape[1]
         if length == 1:
@@ -50,7 +51,7 @@ class CpuAttention:
         if groups == 1 or length >= LARGE or groups * length < MIDDLE:
             return None
         if mask is None:
-            return self._in_parts(queries, keys, values, scale)
+            return self._in_parts(queries, keys, values, scale) if keys.shape[2] == length else None
         if length >= MIDDLE or mask.dtype is not torch.bool:
             return None
         shared = _shared(queries, keys)
@@ -80,7 +81,7 @@ class CpuAttention:
         return found.view(batch, length, -1)
 
     def _causal_mask(self, part: int, length: int, groups: int, like: Tensor) -> Tensor:
-        """[1, 1, groups * part, length], to be added to scores; its last columns are that of fewer keys."""
+        """[1, 1, groups * part, length], added to scores; its last columns are the mask of fewer keys."""
         key = part, length, groups, like.dtype
         if self._causal is None or self._causal[0] != key:
             hidden = torch.ones(part, length, dtype=torch.bool).triu(length - part + 1)

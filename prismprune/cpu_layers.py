@@ -139,8 +139,8 @@ class _Attention(_Joined):
 
     def forward(self, hidden_states: Tensor, *, last_query: bool = False, **given: Any) -> Any:
         """last_query: what the others attend to may be left out."""
-        inexact = self.training or torch.is_grad_enabled()
-        if inexact or not self.sdpa or not hidden_states.is_cpu:
+        learns = self.training or torch.is_grad_enabled()
+        if learns or not self.sdpa or not hidden_states.is_cpu:
             return super().forward(hidden_states, **given)
         projected = self.products(hidden_states)
         if projected is None:

@@ -147,3 +147,7 @@ def test_one_query_of_16_bits_is_not_alone(groups: int, rows: int) -> None:
 @pytest.mark.parametrize(("groups", "length"), [(1, 300), (3, LARGE), (3, 63)])
 def test_what_torch_does_as_fast_is_left_to_it(groups: int, length: int) -> None:
     assert found(CpuAttention(), *drawn(1, 2, groups, length), None) is None
+
+
+def test_queries_behind_others_are_torchs_without_a_mask() -> None:
+    assert found(CpuAttention(), *drawn(1, 2, 3, 80, known=9), None) is None
