@@ -169,10 +169,13 @@ def directions(features: Tensor) -> Tensor:
 
 
 def cosines(points: Tensor, others: Tensor) -> Tensor:
-    """Cosine of each of `points` [B, M, d] to each of `others` [B, S, d]: [B, M, S], float32."""
+    """Cosine of each of `points` [B, M, d] to each of `others` [B, S, d]: [B, M, S], float32.
+
+    Rounded before, too: of a right angle a processor's product may leave 1e-17, which would not tie with 0.
+    """
     ours = directions(points)
     theirs = ours if others is points else directions(others)
-    return (ours @ theirs.transpose(1, 2)).float()
+    return (ours @ theirs.transpose(1, 2)).round(decimals=12).float()
 
 
 def check_range(option: str, value: object, low: float, high: float) -> None:

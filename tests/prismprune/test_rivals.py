@@ -28,6 +28,7 @@ from prismprune import (
     select,
     selector,
 )
+from prismprune.selection.base import cosines
 from tests.present import present
 from tests.prismprune.families import CHECKPOINTS, PICTURES
 from tests.prismprune.test_selection import DTYPES, random_scores
@@ -216,6 +217,13 @@ def test_ties_go_to_the_lower_raster_index(method: str, tokens: int, k: int, see
         "projected": rng.integers(-1, 2, (2, tokens, 2)),
     }
     check(method, {name: torch.from_numpy(values).float() for name, values in whole.items()}, min(k, tokens))
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 24, 65])
+def test_right_angles_tie(tokens: int) -> None:
+    """Whatever a processor's product leaves of them."""
+    points = torch.tensor([[1.0, 1.0], [1.0, -1.0]]).repeat(tokens, 1)[None]
+    assert set(cosines(points, points).flatten().tolist()) == {0.0, 1.0}
 
 
 @settings(max_examples=60)
