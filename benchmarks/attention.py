@@ -111,11 +111,11 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     with plotted(file) as axes:
         for dtype, model in dict.fromkeys((row["dtype"], row["model"]) for row in rows):
             own = [row for row in rows if (row["dtype"], row["model"]) == (dtype, model)]
-            axes.plot(
-                [row["case"] for row in own], [row["gain"].median for row in own], label=f"{model}, {dtype}"
-            )
-        axes.tick_params(axis="x", rotation=30)
-        axes.set(ylabel="times as fast")
+            gains = [row["gain"].median for row in own]
+            axes.plot(gains, [row["case"] for row in own], "o", label=f"{model}, {dtype}")
+        axes.axvline(1, color="grey", linewidth=1)
+        axes.invert_yaxis()
+        axes.set(xlabel="times as fast")
 
 
 if __name__ == "__main__":

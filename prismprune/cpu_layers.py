@@ -2,11 +2,12 @@
 
 Linear layers become `CpuLinear`. Attention and gated MLPs of language models multiply the same values by
 three weights and by two: all of them are one product, and queries and keys are turned together, bit for bit
-as before. Norms take five calls for nine, up to rounding. Where rows are few, calls are a good part of a
-decoding step's time, more so as the weights that stream by leave nothing in the processor's caches
-(`benchmarks/layers.py`): layers whose parts nobody watches or has changed call them past `nn.Module`. A
-language model's last layer computes keys and values for every token of a prompt, and the rest for the last
-one, whose output alone is used.
+as before. Torch's attention kernel gets them in the shape that it is fastest at (`cpu_attention`), and norms
+take five calls for nine, both up to rounding. Where rows are few, calls are a good part of a decoding step's
+time, more so as the weights that stream by leave nothing in the processor's caches (`benchmarks/layers.py`):
+layers whose parts nobody watches or has changed call them past `nn.Module`. A language model's last layer
+computes keys and values for every token of a prompt, and the rest for the last one, whose output alone is
+used.
 """
 
 from __future__ import annotations
@@ -114,14 +115,6 @@ class _Rotation:
             prepared = self._prepared = embeddings, cosine, signed
         _, cosine, signed = prepared
         return (heads * cosine).add_(heads.roll(half, -1).mul_(signed))
-
-
-class _Common:
-    """Of all attention modules of a model."""
-
-    def __init__(self) -> None:
-        self.rotation = _Rotation()
-        self.attention = CpuAttention()
 
 
 class _Attention(_Joined):
@@ -335,7 +328,6 @@ class _Group:
     holder: Any
     layers: tuple[CpuLinear, ...]
     part: str | None
-    common: _Common
 
     def bytes(self, of_a_weight: int) -> int:
         """What a copy takes."""
@@ -352,7 +344,7 @@ class _Group:
         if copies.halve():
             self._hold(copies)
         elif len(self.layers) > 1:
-            alone = [_Group(layer, (layer,), self.part, self.common) for layer in self.layers]
+            alone = [_Group(layer, (layer,), self.part) for layer in self.layers]
             for each in alone:
                 each.halve()
             if any(each.halved for each in alone):
@@ -367,10 +359,9 @@ class _Group:
 
     def _hold(self, copies: Copies) -> None:
         self.holder.copies = copies
-        original: Any = type(self.holder)
-        if original is not CpuLinear:
+        if not isinstance(self.holder, CpuLinear | _Joined):
+            original: Any = type(self.holder)
             self.holder.__class__ = _changed_class(original, JOINED[original.__name__])
-            self.holder.rotation, self.holder.attention = self.common.rotation, self.common.attention
 
 
 def use_cpu_products(
@@ -382,13 +373,14 @@ def use_cpu_products(
     bits of layers that a decoding step goes through, which win most for least, then those in oneDNN's order;
     modules of `JOINED` get one for several layers. parts: names of modules that are not the language model's
     layers, as `Family.outside`. Quantized layers, which multiply in their own way, other subclasses and other
-    formats stay as they are.
+    formats stay as they are. Attention, norms and layers of the known kinds change with copies and without.
     """
     if not available():
         return
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.dtype in formats():
             module.__class__ = CpuLinear
+    _change_attention(model)
     outside = {name: part for part, names in (parts or {}).items() for name in names}
     room, groups = packed_bytes, list[_Group]()
     for group in _groups(model, outside):
@@ -408,22 +400,24 @@ def use_cpu_products(
 
 
 def _change_others(model: nn.Module) -> None:
-    """Attention whose products are apart, norms, and layers as a whole."""
-    common = _Common()
+    """Norms, and layers as a whole."""
     for module in list(model.modules()):
         if type(module).__name__ in NORMS:
             _change_norm(module)
-        elif type(module).__name__ in ATTENTION and not isinstance(module, _Attention):
-            _change_attention(module, common)
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList):
             _change_layers(layers)
 
 
-def _change_attention(attention: Any, common: _Common) -> None:
-    original: Any = type(attention)
-    attention.__class__ = _changed_class(original, _Attention)
-    attention.rotation, attention.attention = common.rotation, common.attention
+def _change_attention(model: nn.Module) -> None:
+    """All of it, whether or not its products will have copies."""
+    rotation, attention = _Rotation(), CpuAttention()
+    for module in model.modules():
+        if type(module).__name__ in ATTENTION:
+            changed: Any = module
+            original: Any = type(module)
+            changed.__class__ = _changed_class(original, _Attention)
+            changed.rotation, changed.attention = rotation, attention
 
 
 def _change_norm(norm: Any) -> None:
@@ -452,16 +446,16 @@ def _change_layers(layers: nn.ModuleList) -> None:
 
 def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:
     """Of all layers, in the model's order."""
-    joined, common = set[nn.Module](), _Common()
+    joined = set[nn.Module]()
     for name, module in model.named_modules():
         part = next((own for place, own in outside.items() if f"{name}.".startswith(f"{place}.")), None)
         if (kind := JOINED.get(type(module).__name__)) is not None:
             layers = tuple(module.get_submodule(each) for each in kind.joins)
             if _alike(layers):
                 joined |= {*layers}
-                yield _Group(module, layers, part, common)
+                yield _Group(module, layers, part)
         elif isinstance(module, CpuLinear) and module not in joined:
-            yield _Group(module, (module,), part, common)
+            yield _Group(module, (module,), part)
 
 
 def _alike(layers: Sequence[nn.Module]) -> TypeGuard[tuple[CpuLinear, ...]]:
