@@ -1,15 +1,17 @@
-"""Attention of a language model as `prismprune.cpu_attention` gives it to torch's kernel, and as it is.
+"""Attention on a CPU as `prismprune.cpu_attention` has it computed, and as torch's kernel does it by itself.
 
     python -m benchmarks.attention --threads 2
     python -m benchmarks.attention --dtypes bfloat16 --rounds 25 --json attention.json --plot attention.png
 
-Steps of one answer and of eight behind so many tokens, and prompts of so many, for heads as published models
-have them. Every round goes through as many layers' keys and values, so that they come from memory.
+Steps of one answer and of eight behind so many tokens, prompts of so many, and towers' views of pictures, for
+heads as published models have them. Every round goes through several layers' keys and values, so that they
+come from memory.
 """
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +19,16 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
-from prismprune.cpu_attention import CpuAttention
+from prismprune.cpu_attention import CpuAttention, looked_at_all
 from prismprune.heap import keep_freed_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from torch import Tensor
+
+    Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 HEADS = {
     "SmolLM2-135M": (9, 3, 64),
@@ -33,6 +37,9 @@ HEADS = {
     "LLaVA-1.5-7B": (32, 32, 128),
 }
 """Heads, those of keys and values, and the width of one."""
+TOWERS = {"ViT-S/14": (6, 6, 64), "CLIP-L/14": (16, 16, 64)}
+VIEWS, PATCHES = (1, 5), 576
+"""Of 336 pixels, looked at together: a picture for LLaVA-1.5, and a tiled one for LLaVA-NeXT."""
 STEPS = ((1, 100), (1, 600), (8, 100), (8, 600))
 """Answers, and tokens that each is behind."""
 PROMPTS = (82, 200, 300, 594)
@@ -50,12 +57,9 @@ def main() -> None:
     rows = []
     with torch.inference_mode():
         for dtype in asked.dtypes.split(","):
-            for model, heads in HEADS.items():
-                cases = {f"a step of {count} behind {known}": (count, 1, known) for count, known in STEPS}
-                cases |= {f"a prompt of {length}": (1, length, 0) for length in PROMPTS}
-                for case, sizes in cases.items():
-                    took, gain = measured(heads, getattr(torch, dtype), sizes, asked.rounds)
-                    rows.append({"dtype": dtype, "model": model, "case": case, "ms": took, "gain": gain})
+            for model, case, ways, sizes in cases():
+                took, gain = measured(ways, sizes, getattr(torch, dtype), asked.rounds)
+                rows.append({"dtype": dtype, "model": model, "case": case, "ms": took, "gain": gain})
     table = markdown(
         ["numbers", "heads of", "", "as it is, ms a layer", "times as fast"],
         [[row[name] for name in ("dtype", "model", "case", "ms", "gain")] for row in rows],
@@ -64,43 +68,82 @@ def main() -> None:
     publish(asked, {"rows": told}, table, partial(plot, rows))
 
 
-def measured(
-    heads: tuple[int, int, int], dtype: torch.dtype, sizes: tuple[int, int, int], rounds: int
-) -> tuple[Spread, Spread]:
+def cases() -> Iterator[tuple[str, str, Mapping[str, Way], Sizes]]:
+    """Whose heads, what of them, as torch's kernel does it and as it is had, and of what size."""
+    for model, (heads, shared, width) in HEADS.items():
+        scale = width**-0.5
+        ways = {"as it is": partial(causal, scale), "had": partial(as_language_models, CpuAttention(), scale)}
+        for count, known in STEPS:
+            sizes = Sizes(heads, shared, width, count, 1, known)
+            yield model, f"a step of {count} behind {known}", ways, sizes
+        for length in PROMPTS:
+            yield model, f"a prompt of {length}", ways, Sizes(heads, shared, width, 1, length, 0)
+    for model, (heads, shared, width) in TOWERS.items():
+        ways = {"as it is": partial(all_of_all, width**-0.5), "had": partial(as_towers, width**-0.5)}
+        for views in VIEWS:
+            sizes = Sizes(heads, shared, width, views, PATCHES + 1, None)
+            yield model, f"{views} view{'s' * (views > 1)} of {PATCHES} patches", ways, sizes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """known: tokens in the cache, before those of the queries; None: there is no cache."""
+
+    heads: int
+    shared: int
+    width: int
+    batch: int
+    length: int
+    known: int | None
+
+
+def measured(ways: Mapping[str, Way], sizes: Sizes, dtype: torch.dtype, rounds: int) -> tuple[Spread, Spread]:
     """Milliseconds a layer as torch has it, and how many times as fast the other way is."""
-    all_heads, shared, width = heads
-    batch, length, known = sizes
-    tokens = known + length
-    queries = torch.randn(batch, length, all_heads, width).to(dtype).transpose(1, 2)
-    layers = [
-        torch.randn(2, batch, shared, tokens + ROOM, width).to(dtype)[:, :, :, :tokens].unbind()
-        for _ in range(LAYERS)
-    ]
-    attention, scale = CpuAttention(), width**-0.5
-    ways = {"as it is": partial(as_it_is, scale), "given": partial(as_given, attention, scale)}
+    shape = sizes.batch, sizes.length, sizes.heads, sizes.width
+    queries = torch.randn(shape).to(dtype).transpose(1, 2)
+    layers = [keys_and_values(sizes, dtype) for _ in range(LAYERS)]
     taken = in_turns({name: partial(seconds, way, queries, layers) for name, way in ways.items()}, rounds)
     own = Spread.of(1e3 * each / LAYERS for each in taken["as it is"])
-    return own, ratios(taken["as it is"], taken["given"])
+    return own, ratios(taken["as it is"], taken["had"])
 
 
-def seconds(way: Callable[..., Tensor], queries: Tensor, layers: Sequence[Any], _round: int) -> float:
+def keys_and_values(sizes: Sizes, dtype: torch.dtype) -> Sequence[Tensor]:
+    """As a cache with room holds them, or as projections leave them."""
+    batch, shared, width = sizes.batch, sizes.shared, sizes.width
+    if sizes.known is None:
+        return torch.randn(2, batch, sizes.length, shared, width).to(dtype).transpose(2, 3).unbind()
+    tokens = sizes.known + sizes.length
+    return torch.randn(2, batch, shared, tokens + ROOM, width).to(dtype)[:, :, :, :tokens].unbind()
+
+
+def seconds(way: Way, queries: Tensor, layers: Sequence[Sequence[Tensor]], _round: int) -> float:
     began = time.perf_counter()
     for keys, values in layers:
         way(queries, keys, values)
     return time.perf_counter() - began
 
 
-def as_it_is(scale: float, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    causal, shared = queries.shape[2] > 1, queries.shape[1] > keys.shape[1]
+def causal(scale: float, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    several, shared = queries.shape[2] > 1, queries.shape[1] > keys.shape[1]
     found = scaled_dot_product_attention(
-        queries, keys, values, is_causal=causal, scale=scale, enable_gqa=shared
+        queries, keys, values, is_causal=several, scale=scale, enable_gqa=shared
     )
     return found.transpose(1, 2).flatten(2)
 
 
-def as_given(attention: CpuAttention, scale: float, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def as_language_models(
+    attention: CpuAttention, scale: float, queries: Tensor, keys: Tensor, values: Tensor
+) -> Tensor:
     found = attention.attended(queries, keys, values, None, scale)
-    return as_it_is(scale, queries, keys, values) if found is None else found
+    return causal(scale, queries, keys, values) if found is None else found
+
+
+def all_of_all(scale: float, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return scaled_dot_product_attention(queries, keys, values, scale=scale).transpose(1, 2).flatten(2)
+
+
+def as_towers(scale: float, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    return looked_at_all(queries, keys, values, scale)
 
 
 def quartiles(spread: Spread) -> list[float]:

@@ -2,12 +2,12 @@
 
 Linear layers become `CpuLinear`. Attention and gated MLPs of language models multiply the same values by
 three weights and by two: all of them are one product, and queries and keys are turned together, bit for bit
-as before. Torch's attention kernel gets them in the shape that it is fastest at (`cpu_attention`), and norms
-take five calls for nine, both up to rounding. Where rows are few, calls are a good part of a decoding step's
-time, more so as the weights that stream by leave nothing in the processor's caches (`benchmarks/layers.py`):
-layers whose parts nobody watches or has changed call them past `nn.Module`. A language model's last layer
-computes keys and values for every token of a prompt, and the rest for the last one, whose output alone is
-used.
+as before. Attention, that of towers in bfloat16 as well, is given to torch's kernel in the shape that it is
+fastest at, or computed by products (`cpu_attention`), and norms take five calls for nine, all of this up to
+rounding. Where rows are few, calls are a good part of a decoding step's time, more so as the weights that
+stream by leave nothing in the processor's caches (`benchmarks/layers.py`): layers whose parts nobody watches
+or has changed call them past `nn.Module`. A language model's last layer computes keys and values for every
+token of a prompt, and the rest for the last one, whose output alone is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import cat, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prismprune.cpu_attention import CpuAttention
+from prismprune.cpu_attention import CpuAttention, looked_at_all
 from prismprune.cpu_products import Copies, CpuLinear, available, formats
 
 if TYPE_CHECKING:
@@ -182,6 +182,28 @@ class _Attention(_Joined):
         return found
 
 
+class _TowerAttention(_Changed):
+    """Self-attention of CLIP's and DINOv2's blocks, where every token sees every other."""
+
+    config: Any
+    head_dim: int
+    is_causal: bool
+    out_proj: Any
+    o_proj: Any
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Any:
+        learns = self.training or torch.is_grad_enabled()
+        sdpa = self.config._attn_implementation == "sdpa"  # noqa: SLF001 (its only name)
+        masked = attention_mask is not None or self.is_causal
+        if learns or not sdpa or masked or not hidden_states.is_cpu:
+            return super().forward(hidden_states, attention_mask, **given)
+        projected = (getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
+        by_head = [each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected]
+        queries, keys, values = by_head
+        outward = self.out_proj if hasattr(self, "out_proj") else self.o_proj
+        return outward(looked_at_all(queries, keys, values, self.head_dim**-0.5)), None
+
+
 class _GatedMLP(_Joined):
     """`down(act(gate(x)) * up(x))`."""
 
@@ -308,6 +330,8 @@ JOINED: Mapping[str, Any] = {
 """Transformers' modules, by their names, that compute what these do."""
 ATTENTION = frozenset(name for name, change in JOINED.items() if change is _Attention)
 """Those of them that attend."""
+TOWER_ATTENTION = {"CLIPAttention", "Dinov2Attention"}
+"""Transformers' modules, by their names, that may be a `_TowerAttention`."""
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2_5_VLDecoderLayer"}
 """Transformers' layers, by their names, that may be a `_Layer`."""
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2_5_VLRMSNorm"}
@@ -413,11 +437,13 @@ def _change_attention(model: nn.Module) -> None:
     """All of it, whether or not its products will have copies."""
     rotation, attention = _Rotation(), CpuAttention()
     for module in model.modules():
-        if type(module).__name__ in ATTENTION:
-            changed: Any = module
-            original: Any = type(module)
+        changed: Any = module
+        original: Any = type(module)
+        if original.__name__ in ATTENTION:
             changed.__class__ = _changed_class(original, _Attention)
             changed.rotation, changed.attention = rotation, attention
+        elif original.__name__ in TOWER_ATTENTION:
+            changed.__class__ = _changed_class(original, _TowerAttention)
 
 
 def _change_norm(norm: Any) -> None:

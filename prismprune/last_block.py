@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from prismprune.attention import BlockReading, stop_before
+from prismprune.cpu_attention import looked_at_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,13 +80,13 @@ def read_wanted(
         views, tokens, width = projected.shape
         return projected.view(views, tokens, heads, width // heads).transpose(1, 2)
 
-    attended = scaled_dot_product_attention(
+    attended = looked_at_all(
         by_head(steps.attention.q_proj(normed[:, rows])),
         by_head(reading.keys),
         by_head(steps.attention.v_proj(normed)),
-        scale=scale,
+        scale,
     )
-    few = hidden[:, rows] + steps.out(attended.transpose(1, 2).flatten(2))
+    few = hidden[:, rows] + steps.out(attended)
     reading.hidden = torch.zeros_like(hidden)
     reading.hidden[:, rows] = few + steps.mlp(steps.norm2(few))
     return reading

@@ -6,19 +6,41 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.profiler import profile
 
-from prismprune.cpu_attention import LARGE, MIDDLE, PARTS, SHARED_NUMBERS, CpuAttention
+from prismprune import cpu_attention
+from prismprune.cpu_attention import LARGE, MIDDLE, PARTS, SHARED_NUMBERS, CpuAttention, looked_at_all
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
 WIDTH, SCALE = 8, 0.4
 KERNEL = "aten::_scaled_dot_product_flash_attention_for_cpu"
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 DTYPES = st.sampled_from(list(ROUNDING))
+
+
+@pytest.fixture(params=[False, True], ids=["kernel", "products"], autouse=True)
+def products(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Whether products are faster in bfloat16, as on a processor of either kind: both compute everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            cpu_attention, "has_faster_products", lambda dtype: request.param and dtype is torch.bfloat16
+        )
+        yield request.param
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that little is computed in as many parts as much is."""
+    monkeypatch.setattr(cpu_attention, "QUERIES", 7)
+    monkeypatch.setattr(cpu_attention, "SCORES", 200)
+    monkeypatch.setattr(cpu_attention, "LEAST_ROWS", 1)
+    monkeypatch.setattr(cpu_attention, "LEAST_SCORES", 1)
 
 
 def drawn(
@@ -97,6 +119,50 @@ def test_behind_others_and_padding(
     )
 
 
+@pytest.mark.usefixtures("small_parts")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    rows=st.integers(1, 3),
+    shared=st.integers(1, 4),
+    groups=st.integers(1, 3),
+    length=st.integers(2, 40),
+    paddings=st.none() | st.lists(st.integers(0, 20), min_size=3, max_size=3),
+)
+def test_parts_of_any_size(
+    *, rows: int, shared: int, groups: int, length: int, paddings: list[int] | None
+) -> None:
+    given_ = drawn(rows, shared, groups, length, dtype=torch.bfloat16)
+    mask = None
+    if paddings is not None:
+        places = torch.arange(length)
+        visible = places >= torch.tensor(paddings[:rows])[:, None]
+        mask = (visible[:, None] & (places <= places[:, None]) | places.eq(places[:, None]))[:, None]
+    assert_found(found(CpuAttention(), *given_, mask), by_definition(*given_, mask), torch.bfloat16)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    views=st.integers(1, 3),
+    heads=st.integers(1, 4),
+    tokens=st.integers(2, 130),
+    few=st.booleans(),
+    dtype=DTYPES,
+)
+def test_queries_that_see_every_key(
+    *, views: int, heads: int, tokens: int, few: bool, dtype: torch.dtype
+) -> None:
+    """As a tower's projections leave them."""
+    draw = torch.Generator().manual_seed(tokens)
+    queries, keys, values = (
+        torch.randn(views, tokens, heads, WIDTH, generator=draw).to(dtype).transpose(1, 2) for _ in range(3)
+    )
+    queries = queries[:, :, : tokens // 2] if few else queries
+    everything = torch.ones(queries.shape[2], tokens, dtype=torch.bool)
+    with torch.inference_mode():
+        own = looked_at_all(queries, keys, values, SCALE)
+    assert_found(own, by_definition(queries, keys, values, everything), dtype)
+
+
 @given(shared=st.integers(1, 3), groups=st.integers(1, 5), known=st.integers(0, 300), dtype=DTYPES)
 def test_one_query_sees_all(shared: int, groups: int, known: int, dtype: torch.dtype) -> None:
     given_ = drawn(2, shared, groups, 1, known=known, dtype=dtype)
@@ -137,6 +203,18 @@ def test_a_long_prompt_is_taken_in_parts() -> None:
 @pytest.mark.parametrize("mask", [None, torch.ones(1, 1, 80, 80, dtype=torch.bool).tril()])
 def test_a_short_prompt_is_taken_once(mask: Tensor | None) -> None:
     assert calls(*drawn(1, 2, 3, 80), mask) == [(1, 2, 240, WIDTH)]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_prompt_of_16_bits_is_multiplied_where_that_is_faster(masked: bool, products: bool) -> None:
+    mask = torch.ones(1, 1, 200, 200, dtype=torch.bool).tril() if masked else None
+    given_ = drawn(1, 4, 3, 200, dtype=torch.bfloat16)
+    with profile() as seen:
+        found(CpuAttention(), *given_, mask)
+    names = {event.name for event in seen.events()}
+    assert ("aten::bmm" in names) is products
+    if products:
+        assert KERNEL not in names
 
 
 @pytest.mark.parametrize(("groups", "rows"), [(1, 2), (3, 3)])
