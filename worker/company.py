@@ -41,10 +41,13 @@ class Company:
         """By itself, once the others have left; in company after all when `until` (monotonic) has passed."""
         with self._changed:
             self._waiting_alone += 1
-            free = self._changed.wait_for(
-                lambda: not (self._alone or self._members), max(0.0, until - time.monotonic())
-            )
-            self._waiting_alone -= 1
+            try:
+                free = self._changed.wait_for(
+                    lambda: not (self._alone or self._members),
+                    min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX),
+                )
+            finally:
+                self._waiting_alone -= 1
             self._alone = self._alone or free
             self._changed.notify_all()
         try:

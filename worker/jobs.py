@@ -18,6 +18,7 @@ from uuid import uuid4
 from redis import Redis
 from redis.backoff import ExponentialWithJitterBackoff, NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from redis.retry import Retry
 
@@ -51,8 +52,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 _Args = list[str | int | float]
 
-AWAY = (RedisConnectionError, RedisTimeoutError)
-"""What a broker that is away raises, also while it reads its file."""
+AWAY = (RedisConnectionError, RedisTimeoutError, ReadOnlyError, OutOfMemoryError)
+"""What a broker that is away raises, also while it reads its file, or one that takes nothing for now."""
 INSIST_S = 0.5
 SWEEP_AT_ONCE = 500
 KEEP_COUNT_S = 300
@@ -239,6 +240,11 @@ class Jobs:
             return bool(self.insist(lambda: self._give_back(keys=self._keys(claim.job_id), args=args)))
         finally:
             self._held.pop(claim.job_id, None)
+
+    def abandon(self, claim: Claim) -> None:
+        """Ends the work on the job and keeps its lease no longer: it is found again once that has run out."""
+        self._held.pop(claim.job_id, None)
+        claim.stop.request(StopReason.LOST)
 
     def tell(self, claim: Claim, number: int, events: Sequence[tuple[EventName, str]]) -> None:
         """Appends events (name, data as JSON) to the job's stream, once for each `number`, which rises."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -84,7 +83,8 @@ class JobRunner:
                     self._work(job_id, job, claim)
                     return
             self._metrics.redelivered.inc()
-            with self._company.alone(_monotonic(job.deadline_at if job else math.inf)):
+            # What nobody can read is only ended, which needs no solitude.
+            with self._company.alone(_monotonic(job.deadline_at) if job else time.monotonic()):
                 self._work(job_id, job, self._jobs.claim(job_id, text, alone=True))
 
     def _work(self, job_id: str, job: AnswerJob | None, claim: Claim | Settled | Refusal) -> None:
@@ -112,6 +112,7 @@ class JobRunner:
         except PrismError as error:
             return Outcome(JobState.FAILED, problem(error))
         except RedisError:
+            self._jobs.abandon(claim)
             raise
         except Exception as error:  # noqa: BLE001 - whatever it is, it fails this job and no other
             log.error("job %s failed: %s", claim.job_id, without_content(error))  # noqa: TRY400 - see there

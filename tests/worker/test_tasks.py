@@ -8,6 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from redis.exceptions import ResponseError
 
 from prismprune.encoding import EncodedMedia
 from prismprune.results import Timings
@@ -241,6 +242,63 @@ def test_suspects_run_one_at_a_time(worker: Worker, make_job: MakeJob) -> None:
     assert {worker.state(job) for job in (*suspects, *others)} == {JobState.SUCCEEDED}
     with_suspects = [batch for batch in worker.model.batches if any("suspect" in each for each in batch)]
     assert sorted(with_suspects) == [["suspect 0"], ["suspect 1"], ["suspect 2"]]
+
+
+def test_a_suspect_that_nobody_can_read_fails_and_holds_up_nobody(worker: Worker, make_job: MakeJob) -> None:
+    """It is ended beside those at work, and others are claimed afterwards."""
+    worker.model.gate.clear()
+    held = worker.deliver(make_job("held"))
+    assert worker.model.entered.wait(10)
+    suspect = make_job("suspect")
+    tiny_jobs(worker.redis).claim(suspect.id)
+    worker.redis.delete(lease_key(suspect.id))
+    worker._run(suspect.id, suspect.model_dump(mode="json") | {"feature_of_tomorrow": 1})
+    assert worker.state(suspect) is JobState.FAILED
+    other = make_job("other")
+    thread = worker.deliver(other)
+    worker.model.gate.set()
+    for each in (held, thread):
+        each.join(30)
+    assert worker.state(other) is JobState.SUCCEEDED
+
+
+def test_a_broker_that_takes_nothing_for_a_while_costs_no_job(worker: Worker, make_job: MakeJob) -> None:
+    """Out of memory, say: what is told waits for it, and the answer is not computed again."""
+    worker.model.gate.clear()
+    job = make_job("two words", stream=True)
+    thread = worker.deliver(job)
+    assert worker.model.entered.wait(10)
+    worker.redis.config_set("maxmemory", 1)
+    try:
+        worker.model.gate.set()
+        time.sleep(0.5)
+        assert thread.is_alive()
+    finally:
+        worker.redis.config_set("maxmemory", 0)
+    thread.join(30)
+    assert worker.state(job) is JobState.SUCCEEDED
+    assert len(worker.model.batches) == 1
+
+
+def test_a_job_whose_writing_fails_is_another_workers(
+    worker: Worker, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not kept by renewals: the lease runs out, and the engine stops to answer it."""
+    job = make_job("for ever", stream=True)
+
+    def refused(*_: Any) -> None:
+        raise ResponseError("MISCONF")
+
+    monkeypatch.setattr(worker.jobs, "tell", refused)
+    with pytest.raises(ResponseError):
+        worker.run(job)
+    assert worker.jobs.running == 0
+    worker.redis.delete(lease_key(job.id))  # as when it has run out
+    worker.jobs.renew_leases()
+    assert not worker.redis.exists(lease_key(job.id))
+    other = make_job("other")
+    worker.run(other)
+    assert worker.state(other) is JobState.SUCCEEDED
 
 
 def told(redis: Redis, job: AnswerJob) -> list[tuple[str, Any]]:
