@@ -7,6 +7,7 @@ import inspect
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
+from weakref import WeakSet
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -30,6 +31,7 @@ REPLACED = ("generate", "forward")
 """Methods of the model that are replaced while it is pruned."""
 PIXELS = "pixel_values"
 """What the names of all arguments with media begin with."""
+CACHE, ASK = "past_key_values", "leave them out and give the whole conversation, its pixels too."
 IGNORED = -100
 """The label of what counts for no loss, in transformers."""
 
@@ -69,6 +71,7 @@ class Pruning:
 
     def __init__(self, family: Family, request: EncodingRequest) -> None:
         self.encoded: tuple[EncodedMedia, ...] = ()
+        self._pruned_caches: WeakSet[Any] = WeakSet()
         self._family = family
         self._request = request
         model = family.model
@@ -103,6 +106,10 @@ class Pruning:
             given = _by_name(signature, args, inputs)
             budget = given.pop("token_budget", None)
             if not any(given.get(name) is not None for name in given if name.startswith(PIXELS)):
+                if pruned == self._generate and given.get("past_key_values") in self._pruned_caches:
+                    raise InvalidOptionError(
+                        f"These {CACHE} are of a pruned prompt, shorter than its ids; {ASK}"
+                    )
                 return original(**given)
             request = self._request
             if budget is not None:
@@ -118,6 +125,9 @@ class Pruning:
         )
         pruned, asked = self._pruned(given, request, pad_left=True), given["input_ids"]
         output = original(**_relative(pruned, self._family.model.generation_config, asked.shape[1]))
+        for cache in (given.get("past_key_values"), getattr(output, "past_key_values", None)):
+            if cache is not None:
+                self._pruned_caches.add(cache)
         sequences = output if torch.is_tensor(output) else output.sequences
         new = sequences[:, pruned["input_ids"].shape[1] :]
         prompts = asked.to(new.device).repeat_interleave(len(new) // len(asked), dim=0)
@@ -134,6 +144,9 @@ class Pruning:
         """The same call with encoded media in place of pixels, and a placeholder for each of their tokens."""
         if inputs.get("input_ids") is None:
             raise InvalidOptionError("Pruning needs input_ids, to know which row has which media.")
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise InvalidOptionError(f"Media behind {CACHE} of earlier tokens are not pruned; {ASK}")
         if inputs.get("position_ids") is not None:
             raise InvalidOptionError("position_ids count the tokens of the unpruned prompt; leave them out.")
         family, ids, mask = self._family, inputs["input_ids"], inputs.get("attention_mask")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import GenerationConfig, pipeline
+from transformers import DynamicCache, GenerationConfig, pipeline
 
 import prismprune
 from prismprune.errors import InvalidBudgetError, InvalidOptionError, UnknownMethodError
@@ -303,6 +303,29 @@ def test_what_is_drawn_by_chance_is_drawn_from_the_pruned_prompt(llava: Transfor
         temperature=1.5,
     )
     assert torch.equal(by_hand[0, len(prompt.token_ids) :], drawn[0])
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_keys_and_values_of_a_pruned_prompt_are_refused_behind_its_ids(
+    own: dict[str, Transformers], name: str
+) -> None:
+    """`sequences` begin with the whole prompt, which is longer; `forward` goes on from what it returned."""
+    model = own[name].model
+    inputs = own[name].inputs([still("wide")], QUESTION)
+    given, cache = torch.ones(1, 1, dtype=torch.long), DynamicCache()
+    with pruned(own[name], 4):
+        first = model.generate(**inputs, max_new_tokens=2, return_dict_in_generate=True)
+        model.generate(**inputs, max_new_tokens=2, past_key_values=cache)
+        turn = torch.cat([first.sequences, given], dim=1)
+        for known in (first.past_key_values, cache):
+            with pytest.raises(InvalidOptionError, match="past_key_values"):
+                model.generate(input_ids=turn, past_key_values=known, max_new_tokens=2)
+            with pytest.raises(InvalidOptionError, match="past_key_values"):
+                model(**inputs, past_key_values=known)
+        pruned_pass = model(**inputs, use_cache=True)
+        assert model(input_ids=given, past_key_values=pruned_pass.past_key_values).logits.shape[1] == 1
+        text = {"input_ids": given.expand(1, 3), "past_key_values": DynamicCache(), "max_new_tokens": 2}
+        assert model.generate(**text).shape[1] > 3
 
 
 def test_what_cannot_be_pruned_is_said(llava: Transformers) -> None:
