@@ -326,6 +326,8 @@ def _parse(output: bytes) -> Clip:
         frame = Image.frombytes("RGB", tuple(plane["size"]), pixels, "raw", "RGB", plane["stride"])
         frames.append(_turned(frame, plane["rotation"]))
         offset += plane["bytes"]
+    # A recording whose size changes on its way is a clip of its first frame's.
+    frames = [frame if frame.size == frames[0].size else frame.resize(frames[0].size) for frame in frames]
     width, height = header["planes"][0]["source_size"]
     sideways = _quarter_turns(header["planes"][0]["rotation"]) % 2
     size = (height, width) if sideways else (width, height)

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -288,6 +289,26 @@ def video(
     return buffer.getvalue()
 
 
+def growing() -> bytes:
+    """A video whose second half is twice as wide and high, as of a call whose line has become better."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="matroska") as out:
+        stream = out.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
+        for i in range(16):
+            scale = 1 + i // 8
+            encoder = av.CodecContext.create("mjpeg", "w")
+            encoder.width, encoder.height, encoder.pix_fmt = 64 * scale, 48 * scale, "yuvj420p"
+            encoder.time_base = Fraction(1, 8)
+            frame = av.VideoFrame.from_ndarray(np.full((48 * scale, 64 * scale, 3), 16 * i, np.uint8))
+            frame.pts = i
+            for packet in [*encoder.encode(frame), *encoder.encode()]:
+                packet.stream, packet.pts, packet.dts = stream, i, i
+                packet.time_base = Fraction(1, 8)
+                out.mux(packet)
+    return buffer.getvalue()
+
+
 def numbers(clip: Clip) -> list[int]:
     """Which frame of `video` each frame of the clip is."""
     return [round(float(np.asarray(frame).mean()) / 16) for frame in clip.frames]
@@ -296,6 +317,13 @@ def numbers(clip: Clip) -> list[int]:
 @pytest.fixture(scope="module")
 def mp4() -> bytes:
     return video()
+
+
+def test_frames_of_a_video_that_changes_its_size_are_of_one() -> None:
+    """That of the first, which is the clip's."""
+    clip = decode_video(growing(), FrameSampling(num_frames=16))
+    assert numbers(clip) == list(range(16))
+    assert {frame.size for frame in clip.frames} == {clip.size} == {(64, 48)}
 
 
 OPEN_GROUPS = {"x264-params": "log-level=none:keyint=4:bframes=3:open-gop=1:b-adapt=0:scenecut=0"}
