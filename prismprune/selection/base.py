@@ -129,6 +129,16 @@ class Selector(Protocol):
     def __call__(self, scores: Scores, k: int) -> Selection: ...
 
 
+def nothing_of(scores: Scores, *, merges: bool = False) -> Selection:
+    """The selection of no token, for methods whose statistics need one to look at."""
+    attention = scores.attention
+    indices = torch.empty(scores.images, 0, dtype=torch.long, device=attention.device)
+    weights = (
+        attention.new_empty(scores.images, 0, scores.candidates, dtype=torch.float32) if merges else None
+    )
+    return Selection(indices, weights=weights)
+
+
 def exact(values: Tensor) -> Tensor:
     """`values` in float64, to compute in; results are rounded to float32 before they are compared.
 
@@ -172,10 +182,11 @@ def cosines(points: Tensor, others: Tensor) -> Tensor:
     """Cosine of each of `points` [B, M, d] to each of `others` [B, S, d]: [B, M, S], float32.
 
     Rounded before, too: of a right angle a processor's product may leave 1e-17, which would not tie with 0.
+    To a feature that is no number, as one that overflowed 16 bits, it is 1: nothing tells it from another.
     """
     ours = directions(points)
     theirs = ours if others is points else directions(others)
-    return (ours @ theirs.transpose(1, 2)).round(decimals=12).float()
+    return (ours @ theirs.transpose(1, 2)).round(decimals=12).float().nan_to_num_(nan=1.0)
 
 
 def check_range(option: str, value: object, low: float, high: float) -> None:

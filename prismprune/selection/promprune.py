@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from prismprune.selection.base import Scores, Selection, Selector, directions, exact, head_mean, highest
+from prismprune.selection.base import (
+    Scores,
+    Selection,
+    Selector,
+    directions,
+    exact,
+    head_mean,
+    highest,
+    nothing_of,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +44,8 @@ class PromPrune(Selector):
 
     def __call__(self, scores: Scores, k: int) -> Selection:
         """See `Selector`. The two parts differ in size from picture to picture: they are not told apart."""
-        k = min(k, scores.candidates)
+        if not (k := min(k, scores.candidates)):
+            return nothing_of(scores)
         points = directions(scores.embeddings)
         salient_count = ((1 - _balance(points)) * k).round().long().unsqueeze(1)  # [B, 1]
         order = head_mean(scores.attention).sort(dim=1, descending=True, stable=True).indices

@@ -19,7 +19,17 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from prismprune.selection.base import Scores, Selection, Selector, cosines, exact, head_mean, highest, take
+from prismprune.selection.base import (
+    Scores,
+    Selection,
+    Selector,
+    cosines,
+    exact,
+    head_mean,
+    highest,
+    nothing_of,
+    take,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,7 +50,9 @@ class PruMergePlus(Selector):
         """See `Selector`."""
         keys = scores.keys_of(self.name).transpose(1, 2).flatten(2)  # [B, N, H * head_dim]
         attention = head_mean(scores.attention)
-        indices = _kept(attention, min(k, scores.candidates))
+        if not (k := min(k, scores.candidates)):
+            return nothing_of(scores, merges=True)
+        indices = _kept(attention, k)
         return Selection(indices, weights=_weights(keys, attention, indices))
 
 

@@ -161,6 +161,28 @@ def test_every_method_takes_degenerate_input(method: str) -> None:
     assert [len(set(row)) for row in indices.tolist()] == [5, 5]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_keeps_none_of_no_patches(method: str) -> None:
+    """As of a view that is all padding."""
+    keys = torch.zeros(2, 3, 0, 4)
+    selection = selector(method)(Scores(torch.zeros(2, 3, 0), torch.zeros(2, 0, 4), keys=keys), 0)
+    assert selection.indices.shape == (2, 0)
+    assert selection.tokens(torch.zeros(2, 0, 4)).shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("start", FPS_STARTS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_no_numbers_give_no_duplicates(start: FpsStart, value: float) -> None:
+    """16 bits overflow: such a token is like every other, and the rest are told apart as ever."""
+    features = torch.eye(12)[None].repeat(2, 1, 1)
+    features[0, 3] = value
+    variance = torch.arange(12.0).expand(2, -1)
+    for salient in (None, features[:, 2:5]):
+        kept = farthest_points(features, 6, variance=variance, start=start, salient=salient)
+        assert [len(set(row)) for row in kept.tolist()] == [6, 6]
+        assert start != "max_variance" or 3 not in kept[0]
+
+
 @pytest.mark.parametrize("k", [0, 1, 7, 50, 60])
 def test_salient_and_diverse_part_the_kept_tokens(k: int) -> None:
     """K_sal is K // 2 and K_div the rest, also where all are kept."""
