@@ -69,6 +69,17 @@ class EncodedMedia:
         """What the visual tokens take of the device's memory."""
         return sum(visual.features.nbytes for visual in self.visuals)
 
+    def apart(self) -> EncodedMedia:
+        """The same, holding no memory but its own: of a batch's tokens it may be a view."""
+        return replace(self, visuals=tuple(map(_apart, self.visuals)))
+
+
+def _apart(visual: Visual) -> Visual:
+    features = visual.features
+    if features.untyped_storage().nbytes() == features.nbytes:
+        return visual
+    return replace(visual, features=features.clone())
+
 
 @dataclass(slots=True)
 class _Part:

@@ -166,7 +166,7 @@ class Session:
         made = dict(zip(missing, encodings, strict=True))
         for key, request in missing.items():
             if self._cache is not None and request.encoding_key is not None:
-                self._cache.put(key, made[key])
+                self._cache.put(key, made[key].apart())
         return [
             Asked(
                 ready.get(key) or made[key],

@@ -159,6 +159,18 @@ def request(
     return VisualRequest(media, (question,), TokenBudget(tokens), generation=options, media_key=key)
 
 
+def test_a_kept_encoding_holds_no_memory_of_its_neighbors(vlm: PrunedVLM) -> None:
+    """They were projected together, and leave the cache one by one."""
+    cache = EncodingCache(2**20)
+    session = vlm.session(cache)
+    asked = [request(number, key=str(number), tokens=1 + number) for number in range(3)]
+    run(session, session.ask(asked))
+    for one in asked:
+        kept = cache.get(one.encoding_key)
+        assert kept is not None
+        assert sum(visual.features.untyped_storage().nbytes() for visual in kept.visuals) == kept.bytes
+
+
 def test_media_asked_about_again_are_not_encoded_again(vlm: PrunedVLM) -> None:
     """Under the same key and budget, also within one call; the answers are those of a fresh encoding."""
     cache = EncodingCache(2**20)
