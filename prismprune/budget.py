@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from prismprune.errors import InvalidBudgetError
@@ -29,8 +30,10 @@ class TokenBudget:
     def __post_init__(self) -> None:
         if self.tokens is not None and self.ratio is not None:
             raise InvalidBudgetError("Give a token budget or a keep ratio, not both.")
-        if self.tokens is not None and not (_is_int(self.tokens) and self.tokens >= 1):
-            raise InvalidBudgetError(f'A token budget is a whole number of at least 1, or "{ALL}".')
+        if self.tokens is not None:
+            if not (_is_int(self.tokens) and self.tokens >= 1):
+                raise InvalidBudgetError(f'A token budget is a whole number of at least 1, or "{ALL}".')
+            object.__setattr__(self, "tokens", int(self.tokens))  # numpy's are whole numbers, too
         if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
             raise InvalidBudgetError("A keep ratio is a number above 0 and at most 1.")
 
@@ -89,7 +92,7 @@ def _tokens(value: int | str | None) -> int | None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

@@ -21,7 +21,14 @@ from typer.core import TyperGroup
 
 import prismprune
 from prismprune import cli_options
-from prismprune.errors import InvalidBudgetError, InvalidOptionError, PrismError, UnknownMethodError
+from prismprune.errors import (
+    InvalidBudgetError,
+    InvalidOptionError,
+    PrismError,
+    UnknownMethodError,
+    UnknownModelError,
+    with_cause,
+)
 from prismprune.evaluation.cli import compare
 from prismprune.settings import LibrarySettings
 
@@ -59,7 +66,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except PrismError as error:
-            _complain(str(error))
+            _complain(with_cause(error) if isinstance(error, UnknownModelError) else str(error))
             raise typer.Exit(2 if isinstance(error, USAGE_ERRORS) else 1) from None
         except OSError as error:
             _complain(f"{error.filename}: {error.strerror}" if error.filename else str(error))

@@ -86,3 +86,15 @@ class InvalidScoresError(PrismError):
 
     slug = "invalid-scores"
     title = "Invalid scores"
+
+
+def with_cause(error: BaseException) -> str:
+    """What `error` says, and the first line of what it came from.
+
+    That alone may tell a wrong path from a broken file.
+    """
+    cause = error.__cause__
+    if cause is None:
+        return str(error)
+    first = next(iter(str(cause).splitlines()), "")
+    return f"{error} ({type(cause).__name__}: {first})"

@@ -27,6 +27,7 @@ from torch.nn import ModuleList
 
 from prismprune import METHODS, PrismError, PrunedVLM
 from prismprune.caching import EncodingCache
+from prismprune.errors import with_cause
 from prismprune.heap import keep_freed_memory
 from worker.app import create_app, send_again
 from worker.cancellations import Cancellations
@@ -152,7 +153,7 @@ class WorkerProcess:
             try:
                 model = self._engine.model()
             except PrismError as error:
-                log.critical("%s cannot be served: %s", settings.model, error)
+                log.critical("%s cannot be served: %s", settings.model, with_cause(error))
                 return EX_GIVE_UP
             self._describe(model)
             self._pulse.warm()

@@ -112,7 +112,7 @@ def _make_folders(plot: Path | None, *others: Path | None) -> None:
     from prismprune.evaluation.report import check_plots  # noqa: PLC0415 -- beside the others
 
     if plot:
-        check_plots()
+        check_plots(plot)
     files = [file for file in (plot, *others) if file]
     if len({file.resolve() for file in files}) < len(files):
         raise InvalidOptionError("Results, answers, table and plot each need a file of their own.")

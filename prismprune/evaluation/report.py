@@ -29,10 +29,15 @@ REFERENCE = "prism"
 """The method that the others are compared with at the same budget."""
 
 
-def check_plots() -> None:
-    """Raise `InvalidOptionError` where matplotlib is not installed."""
+def check_plots(path: Path) -> None:
+    """Raise `InvalidOptionError` where matplotlib is not installed, or cannot write that file's format."""
     if find_spec("matplotlib") is None:
         raise InvalidOptionError("A plot needs matplotlib, the extra `plots`: pip install -e '.[plots]'.")
+    from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415 (an extra)
+
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in formats:
+        raise InvalidOptionError(f"Cannot draw {path.name}: a plot is one of {', '.join(sorted(formats))}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,7 +217,7 @@ class Report:
 
         Raises `InvalidOptionError` where matplotlib is not installed or cannot write that format.
         """
-        check_plots()
+        check_plots(path)
         from matplotlib.figure import Figure  # noqa: PLC0415 (an extra)
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
@@ -228,10 +233,7 @@ class Report:
         axes.set_xscale("log", base=2)
         axes.set_xticks(budgets, [str(budget) for budget in budgets])
         axes.legend(fontsize="small", ncols=2)
-        try:
-            figure.savefig(path, dpi=150)
-        except ValueError as error:
-            raise InvalidOptionError(f"Cannot draw {path.name}: {error}") from None
+        figure.savefig(path, dpi=150)
 
     def _line(self, method: str, beside: float) -> dict[str, Any]:
         budgets = sorted(budget for name, budget in self.tallies if name == method and budget is not None)

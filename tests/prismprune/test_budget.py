@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,6 +20,7 @@ PARTS = st.lists(st.integers(0, 700), min_size=1, max_size=12)
     ("value", "budget"),
     [
         (64, TokenBudget(tokens=64)),
+        (np.int64(64), TokenBudget(tokens=64)),
         ("64", TokenBudget(tokens=64)),
         ("all", TokenBudget.all()),
         (None, TokenBudget.all()),
@@ -27,7 +29,9 @@ PARTS = st.lists(st.integers(0, 700), min_size=1, max_size=12)
 )
 def test_parse_reads_what_users_write(value: Any, budget: TokenBudget) -> None:
     """A number, its digits, "all", nothing, or a budget that is already one."""
-    assert TokenBudget.parse(value) == budget
+    parsed = TokenBudget.parse(value)
+    assert parsed == budget
+    assert type(parsed.tokens) in (int, type(None))
 
 
 def test_parse_reads_a_ratio() -> None:

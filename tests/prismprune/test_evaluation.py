@@ -430,6 +430,19 @@ def write_questions(folder: Path) -> Path:
     return path
 
 
+def test_a_plot_that_cannot_be_drawn_is_told_before_anything_is_computed(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    command = ["compare", str(write_questions(tmp_path)), "--model", str(checkpoint), "--budget", "4"]
+    results = tmp_path / "r.jsonl"
+    ran = CliRunner().invoke(
+        app, [*command, "--results", str(results), "--plot", str(tmp_path / "plot.nothing")]
+    )
+    assert ran.exit_code == 2
+    assert "plot.nothing" in ran.stderr
+    assert not results.exists()
+
+
 def test_the_command_compares_and_writes(checkpoint: Path, tmp_path: Path) -> None:
     """One JSON object on standard output; the table as CSV; the results to resume from."""
     command = ["compare", str(write_questions(tmp_path)), "--model", str(checkpoint), "--json"]

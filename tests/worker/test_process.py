@@ -148,6 +148,7 @@ def test_a_worker_without_its_model_says_so_and_leaves(
         _, log = running.communicate(timeout=60)
     assert running.returncode == 1
     assert f"{tmp_path} cannot be served: " in log
+    assert "(ValueError: " in log  # why, and not only that it was not found
     assert "Traceback" not in log
     assert not redis.exists(WORKERS_KEY)
 
