@@ -23,8 +23,8 @@ DEAD_LETTERS_KEY = "prism:dead-letters"
 RESULT_TTL_S = 24 * 3600
 DRAIN_STEP_S = 10
 """Seconds that one counter of ended jobs stands for."""
-EVENTS_MAXLEN = 4096
-"""About so many of a job's events are kept: an answer has 1024 tokens at most, a piece of text an event."""
+EVENTS_MAXLEN = 32 * 1024
+"""About so many of a job's events are kept: a piece of text each, of 32 questions with 1024 tokens at most."""
 MAX_TOKEN_BUDGET = 16384
 REQUEST_ID_ATTRIBUTE, JOB_ID_ATTRIBUTE = "prismprune.request_id", "messaging.message.id"
 """Of the spans of both sides, where they are traced."""

@@ -13,7 +13,7 @@ from worker.contract import EventName, StartedData, TokenData
 from worker.jobs import AWAY
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     Event = tuple[EventName, str]
 
@@ -73,18 +73,25 @@ class Story:
             self._unsent = []
 
     def _gathered(self) -> list[Event]:
-        """What was told, in order; neighboring pieces of one answer as one event."""
-        entries: list[tuple[int, str] | None] = []
+        """What was told; pieces of one answer as one event, in the order in which answers went on."""
+        events: list[Event] = []
+        pieces: dict[int, str] = {}
         for _ in range(len(self._told)):
             entry = self._told.popleft()
-            last = entries[-1] if entries else None
-            if entry and last and entry[0] == last[0]:
-                entries[-1] = (entry[0], last[1] + entry[1])
+            if entry is None:
+                events += [*_tokens(pieces), self._started()]
+                pieces = {}
             else:
-                entries.append(entry)
-        return [self._event(entry) for entry in entries]
+                question, text = entry
+                pieces[question] = pieces.get(question, "") + text
+        return [*events, *_tokens(pieces)]
 
-    def _event(self, entry: tuple[int, str] | None) -> Event:
-        if entry is None:
-            return EventName.STARTED, StartedData(attempt=self._attempt).model_dump_json()
-        return EventName.TOKEN, TokenData(question=entry[0], text=entry[1]).model_dump_json()
+    def _started(self) -> Event:
+        return EventName.STARTED, StartedData(attempt=self._attempt).model_dump_json()
+
+
+def _tokens(pieces: Mapping[int, str]) -> list[Event]:
+    return [
+        (EventName.TOKEN, TokenData(question=question, text=text).model_dump_json())
+        for question, text in pieces.items()
+    ]

@@ -142,10 +142,10 @@ Batch = tuple[int, list[tuple[EventName, str]]]
 
 
 def test_pieces_of_one_answer_are_one_event() -> None:
-    """In order; another question's text, or a new beginning, starts a new event."""
+    """Each question's, also where they take turns; what comes behind a new beginning stays behind it."""
     batches: list[Batch] = []
     story = Story(lambda number, events: batches.append((number, list(events))), attempt=2)
-    for question, text in ((0, "a"), (0, "b"), (1, "c")):
+    for question, text in ((0, "a"), (1, "c"), (0, "b")):
         story.text(question, text)
     story.again()
     story.text(0, "d")
