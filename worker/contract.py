@@ -24,7 +24,7 @@ RESULT_TTL_S = 24 * 3600
 DRAIN_STEP_S = 10
 """Seconds that one counter of ended jobs stands for."""
 EVENTS_MAXLEN = 32 * 1024
-"""About so many of a job's events are kept: a piece of text each, of 32 questions with 1024 tokens at most."""
+"""About so many of a job's events are kept: a piece of text each, of 32 questions with 1024 tokens."""
 MAX_TOKEN_BUDGET = 16384
 REQUEST_ID_ATTRIBUTE, JOB_ID_ATTRIBUTE = "prismprune.request_id", "messaging.message.id"
 """Of the spans of both sides, where they are traced."""
