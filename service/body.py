@@ -40,6 +40,8 @@ MAX_COMMAS = 1 << 17
 """In a JSON body, texts included: its parser takes a microsecond or two a value, and the loop waits."""
 MAX_QUOTES = 1 << 18
 """Likewise; a text has two, and so many steps it costs to find the data URIs among the others."""
+MAX_PARSED = 4096
+"""Characters of a form's field that is parsed as JSON: ample for `prism` and `sampling`, and soon parsed."""
 _LISTS = ("questions", "images", "stop", "include")
 _TEXTS = ("model", "question", "questions", "method", "system", "stop", "include", "image", "images", "video")
 _NAMED_ERRORS: dict[str, type[InvalidRequestError]] = {
@@ -131,8 +133,13 @@ def _from_form(form: FormData) -> AnswerRequest:
 
 
 def _form_value(name: str, value: str | UploadFile) -> Any:
-    """Text as it stands; a number, true, null or an object from its JSON; else, as with "all", the text."""
+    """Text as it stands; a number, true, null or an object from its JSON; else, as with "all", the text.
+
+    Text that no field can want is left for validation to refuse: the loop waits while JSON is parsed.
+    """
     if name in _TEXTS or not isinstance(value, str):
+        return value
+    if name not in AnswerRequest.model_fields or len(value) > MAX_PARSED:
         return value
     try:
         return json.loads(value)

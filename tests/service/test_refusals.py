@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 import zlib
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from service.app import create_app
+from service.body import MAX_PARSED
 from service.ids import new_id
 from service.schemas import AnswerRequest
 from tests.service.conftest import (
@@ -290,6 +292,7 @@ async def test_multipart_with_too_many_parts_is_refused(client: httpx.AsyncClien
         ({"token_budget": ["1", "2"]}, "invalid-request", "token_budget: is given more than once"),
         ({"temperature": "NaN"}, "invalid-request", "temperature"),
         ({"prism": "[" * 100_000}, "invalid-request", "prism"),
+        ({"prism": "{}" + " " * MAX_PARSED}, "invalid-request", "prism"),
         ({"budget": "64"}, "invalid-request", "budget: is not a known field"),
     ],
 )
@@ -302,6 +305,23 @@ async def test_a_wrong_form_field_is_named(
     if not fields:
         words = "q: is not a known field"
     assert words in problem(response, 422, slug)
+
+
+@pytest.mark.parametrize("name", ["prism", "token_budget", "nobody"])
+async def test_a_form_of_very_many_values_costs_no_more_than_its_text(
+    client: httpx.AsyncClient, name: str
+) -> None:
+    """A parser would make many times as much of it, and the loop would wait."""
+    values = f"[{','.join(['{}'] * 300_000)}]"
+    fields = {"question": "?", name: values}
+    tracemalloc.start()
+    try:
+        response = await client.post("/v1/answer", data=fields, files={"image": png()})
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert name in problem(response, 422, "invalid-budget" if name == "token_budget" else "invalid-request")
+    assert peak < 10 * len(values)
 
 
 async def test_a_form_without_a_file_is_refused(client: httpx.AsyncClient) -> None:
