@@ -8,6 +8,7 @@ from email.message import Message
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from python_multipart.multipart import parse_options_header
 from starlette.exceptions import HTTPException
 
 from service.errors import (
@@ -42,6 +43,8 @@ MAX_QUOTES = 1 << 18
 """Likewise; a text has two, and so many steps it costs to find the data URIs among the others."""
 MAX_PARSED = 4096
 """Characters of a form's field that is parsed as JSON: ample for `prism` and `sampling`, and soon parsed."""
+CHARSETS = (b"utf-8", b"utf8", b"us-ascii", b"iso-8859-1")
+"""Of a form's text. Any of Python's other codecs could be named; to decode `punycode` takes 16 s a MiB."""
 _LISTS = ("questions", "images", "stop", "include")
 _TEXTS = ("model", "question", "questions", "method", "system", "stop", "include", "image", "images", "video")
 _NAMED_ERRORS: dict[str, type[InvalidRequestError]] = {
@@ -101,6 +104,9 @@ async def _read(request: Request) -> bytearray:
 @asynccontextmanager
 async def form(request: Request) -> AsyncIterator[FormData]:
     """The parts of a multipart body; its files are open until the context ends."""
+    _, parameters = parse_options_header(request.headers["content-type"])
+    if parameters.get(b"charset", CHARSETS[0]).lower() not in CHARSETS:
+        raise MalformedBodyError(f"The charset of {MULTIPART} may be {b', '.join(CHARSETS).decode()}.")
     try:
         with room_on_disk():
             parts = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS)

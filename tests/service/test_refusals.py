@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from tests.service.conftest import MakeSettings
 
 ABSENT = object()
+FORM = b'--x\r\nContent-Disposition: form-data; name="question"\r\n\r\nWhat?\r\n--x--\r\n'
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -268,6 +269,9 @@ async def test_json_that_is_no_object_is_422(client: httpx.AsyncClient, body: by
         ("multipart/form-data", b""),
         ("multipart/form-data; boundary=x", b"no part at all"),
         ("multipart/form-data; boundary=x", b"--x\r\n\r\nno name\r\n--x--\r\n"),
+        ("multipart/form-data; boundary=x; charset=undefined", FORM),
+        ('multipart/form-data; boundary=x; Charset="PunyCode"', FORM),
+        ("multipart/form-data; boundary=x; charset=", FORM),
     ],
 )
 async def test_broken_multipart_is_400(client: httpx.AsyncClient, kind: str, body: bytes) -> None:
@@ -326,9 +330,8 @@ async def test_a_form_of_very_many_values_costs_no_more_than_its_text(
 
 async def test_a_form_without_a_file_is_refused(client: httpx.AsyncClient) -> None:
     """No media, and a file under a text field's name, say so."""
-    form = b'--x\r\nContent-Disposition: form-data; name="question"\r\n\r\nWhat?\r\n--x--\r\n'
-    headers = {"Content-Type": "multipart/form-data; boundary=x"}
-    response = await client.post("/v1/answer", content=form, headers=headers)
+    headers = {"Content-Type": "multipart/form-data; boundary=x; charset=UTF-8"}
+    response = await client.post("/v1/answer", content=FORM, headers=headers)
     assert "exactly one of image, images or video" in problem(response, 422, "invalid-request")
     response = await client.post("/v1/answer", files={"question": b"What?", "image": png()})
     assert "question: Input should be a valid string" in problem(response, 422, "invalid-request")
