@@ -109,7 +109,7 @@ TokenBudget = Annotated[
 class AnswerRequest(Generation):
     """A question, or several, about one image, several images or one video."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True)
 
     model: Annotated[str | None, Field(max_length=256, description="The server's default unless given.")] = (
         None

@@ -256,6 +256,17 @@ async def test_broken_json_is_400(client: httpx.AsyncClient, body: bytes) -> Non
     assert "not valid JSON" in problem(response, 400, "malformed-body")
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "1e400"])
+@pytest.mark.parametrize("field", ["prism.pool_factor", "sampling.start_s", "sampling.end_s", "temperature"])
+async def test_a_number_without_a_value_is_named(client: httpx.AsyncClient, field: str, number: str) -> None:
+    """Parsers of JSON take it, at any depth; no worker could read the job."""
+    part, _, name = field.rpartition(".")
+    fields = {part: {name: "number"}} if part else {name: "number"}
+    body = json.dumps(question(**fields)).replace('"number"', number)
+    response = await client.post("/v1/answer", content=body, headers={"Content-Type": "application/json"})
+    assert field in problem(response, 422, "invalid-request")
+
+
 @pytest.mark.parametrize("body", [b"[]", b"7", b"null"])
 async def test_json_that_is_no_object_is_422(client: httpx.AsyncClient, body: bytes) -> None:
     """JSON, but not a request."""
@@ -297,6 +308,8 @@ async def test_multipart_with_too_many_parts_is_refused(client: httpx.AsyncClien
         ({"temperature": "NaN"}, "invalid-request", "temperature"),
         ({"prism": "[" * 100_000}, "invalid-request", "prism"),
         ({"prism": "{}" + " " * MAX_PARSED}, "invalid-request", "prism"),
+        ({"prism": '{"salient_share": NaN}'}, "invalid-request", "prism.salient_share"),
+        ({"sampling": '{"end_s": Infinity}'}, "invalid-request", "sampling.end_s"),
         ({"budget": "64"}, "invalid-request", "budget: is not a known field"),
     ],
 )
