@@ -51,6 +51,14 @@ class RoomyLayer(DynamicLayer):
         layer._show(length)
         return layer
 
+    @classmethod
+    def holding(cls, keys: Tensor, values: Tensor) -> Self:
+        """These as they are, and not a copy: the next tokens make a room, and leave them alone."""
+        layer = cls()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        return layer
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Keys and values, once there are any."""
@@ -128,7 +136,7 @@ def _runs(places: Sequence[int]) -> list[list[int]]:
 
 
 def roomy_cache(layers: Iterable[tuple[Tensor, Tensor]] = ()) -> Cache:
-    """A cache that begins with these keys and values [B, heads, T, head_dim], a layer each."""
+    """A cache that begins with copies of these keys and values [B, heads, T, head_dim], a layer each."""
     cache = Cache(layer_class_to_replicate=RoomyLayer)
     for place, (keys, values) in enumerate(layers):
         cache.update(keys, values, place)
@@ -259,4 +267,5 @@ class Prefix:
         device = self.layers[0][0].device
         mask = torch.ones(1, self.length, dtype=torch.long, device=device)
         positions = torch.full((1,), following, device=device)
-        return Batch(roomy_cache(self.layers), mask, positions, self.axes)
+        cache = Cache(layers=[RoomyLayer.holding(*own) for own in self.layers])
+        return Batch(cache, mask, positions, self.axes)

@@ -171,6 +171,20 @@ def test_a_kept_encoding_holds_no_memory_of_its_neighbors(vlm: PrunedVLM) -> Non
         assert sum(visual.features.untyped_storage().nbytes() for visual in kept.visuals) == kept.bytes
 
 
+def test_a_prefix_is_read_where_it_is_and_left_as_it_is() -> None:
+    """By every question about the same media, however many join at once."""
+    held = torch.randn(2, 1, 2, 5, 4).unbind()
+    prefix = Prefix(((held[0], held[1]),), None)
+    before = [tensor.clone() for tensor in held]
+    batch = prefix.batch(5)
+    assert [tensor.data_ptr() for tensor in batch.layers[0].tensors] == [each.data_ptr() for each in held]
+    new = torch.randn(1, 2, 3, 4)
+    keys, values = batch.cache.update(new, -new, 0)
+    assert torch.equal(keys, torch.cat([before[0], new], dim=2))
+    assert torch.equal(values, torch.cat([before[1], -new], dim=2))
+    assert all(map(torch.equal, held, before))
+
+
 def test_media_asked_about_again_are_not_encoded_again(vlm: PrunedVLM) -> None:
     """Under the same key and budget, also within one call; the answers are those of a fresh encoding."""
     cache = EncodingCache(2**20)
