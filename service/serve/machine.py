@@ -19,8 +19,9 @@ LOOPBACK = "127.0.0.1"
 
 def require_free_port(host: str, port: int) -> None:
     """Raise PortInUseError now rather than let the front end find out after a minute of loading."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port)):
+        with socket.create_server((host, port), family=family):
             return
     except OSError as error:
         raise PortInUseError(host, port, error.strerror or str(error)) from error

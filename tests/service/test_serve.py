@@ -280,6 +280,21 @@ def test_an_address_that_is_not_this_machines_is_refused() -> None:
         require_free_port("192.0.2.1", 8000)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "::"])
+def test_a_port_is_free_until_somebody_listens_on_it(host: str) -> None:
+    """In either family of addresses."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, 0), family=family)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with listening:
+        port = listening.getsockname()[1]
+        with pytest.raises(PortInUseError, match="in use"):
+            require_free_port(host, port)
+    require_free_port(host, port)
+
+
 def test_the_password_is_on_no_command_line_and_in_the_childrens_environment(tmp_path: Path) -> None:
     """`ps` shows command lines to every user of the machine; an environment only to its owner."""
     planned = stack.Stack.plan(ServeSettings(data_dir=tmp_path))
