@@ -45,16 +45,18 @@ class Durability:
     async def watching(self) -> AsyncIterator[None]:
         """Asks at the start and, of a broker that is away then, in the background until it answers.
 
+        Where durability is required it asks on until the broker is durable: an operator may mend that.
+
         Raises `NotDurableError`, at the start only: a process that serves goes on, and refuses jobs.
         """
         await self._look()
         if self._required and self._faults:
             raise NotDurableError(_said(self._faults))
-        async with in_background(self._look_until_known()):
+        async with in_background(self._look_until_settled()):
             yield
 
-    async def _look_until_known(self) -> None:
-        while self._faults is None:
+    async def _look_until_settled(self) -> None:
+        while self._faults is None or (self._required and self._faults):
             await asyncio.sleep(LOOK_AGAIN_S)
             await self._look()
 
@@ -65,9 +67,11 @@ class Durability:
         except BrokerAwayError:
             logger.warning("the broker does not answer yet: whether it keeps jobs is looked at later")
             return
-        self._faults = faults(about)
-        if self._faults:
+        before, self._faults = self._faults, faults(about)
+        if self._faults and self._faults != before:
             logger.warning(_said(self._faults))
+        elif before and not self._faults:
+            logger.info("the broker is durable now: jobs are accepted")
 
 
 def faults(about: dict[str, Any]) -> tuple[str, ...]:

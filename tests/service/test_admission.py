@@ -253,3 +253,35 @@ async def test_a_broker_that_comes_later_is_looked_at_then(
             assert "NOT DURABLE" not in caplog.text
             durability._redis = connected
             await until(lambda: "NOT DURABLE" in caplog.text)
+
+
+async def test_a_broker_that_is_mended_is_given_jobs_again(
+    make_settings: MakeSettings,
+    connected: AsyncRedis,
+    nowhere: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It came back without its append-only file; nobody restarts the front ends when that is turned on."""
+    monkeypatch.setattr("service.broker.LOOK_AGAIN_S", 0.01)
+    asked = []
+
+    async def info() -> dict[str, Any]:
+        asked.append(1)
+        about: dict[str, Any] = await connected.info()
+        return about
+
+    async with AsyncRedis.from_url(nowhere) as away:
+        durability = Durability(away, make_settings(require_durable_broker=True))
+        async with durability.watching():
+            monkeypatch.setattr(away, "info", info)
+            await until(lambda: len(asked) > 3)
+            with pytest.raises(BrokerNotDurableError):
+                durability.require()
+            await connected.config_set("appendonly", "yes")
+            try:
+                await until(lambda: not durability._faults)
+            finally:
+                await connected.config_set("appendonly", "no")
+            durability.require()
+    assert caplog.text.count("NOT DURABLE") == 1
