@@ -17,7 +17,7 @@ from service.jobs import broker_within
 from worker.contract import media_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from redis.asyncio import Redis
 
@@ -63,6 +63,17 @@ end
 for _, id in ipairs(due) do redis.call('ZADD', KEYS[2], ARGV[2], id) end
 return due
 """
+# KEYS: deleting, then the hash of each. ARGV: until when the deletion is ours, then id of each. One that took
+# longer may have been claimed since, or be somebody else's: then the entry is theirs.
+_DELETED = """
+for i = 2, #KEYS do
+  local until_ = redis.call('ZSCORE', KEYS[1], ARGV[i])
+  if until_ and tonumber(until_) == tonumber(ARGV[1]) then
+    redis.call('ZREM', KEYS[1], ARGV[i])
+    redis.call('DEL', KEYS[i])
+  end
+end
+"""
 
 
 class Shelf:
@@ -74,6 +85,7 @@ class Shelf:
         self._ttl_s = settings.media_ttl_s
         self._claim = redis.register_script(_CLAIM)
         self._due = redis.register_script(_DUE)
+        self._deleted = redis.register_script(_DELETED)
 
     async def reachable(self) -> None:
         """Returns if the broker answers: to be asked before a long upload begins."""
@@ -106,20 +118,19 @@ class Shelf:
                 raise StoreAwayError("The same media are being deleted; try again.")
             await asyncio.sleep(CLAIM_AGAIN_S)
 
-    async def due(self) -> list[str]:
-        """At most 2 * `BATCH` ids to delete now; nobody else deletes them for `DELETING_S`."""
+    async def due(self) -> tuple[list[str], float]:
+        """At most 2 * `BATCH` ids to delete now, and until when nobody else claims or deletes them."""
         now = time.time()
+        until = now + DELETING_S
         async with broker_within(self._timeout_s):
-            args = [now, now + DELETING_S, BATCH]
-            ids: list[str] = await self._due(keys=[EXPIRY_KEY, DELETING_KEY], args=args)
-        return ids
+            ids: list[str] = await self._due(keys=[EXPIRY_KEY, DELETING_KEY], args=[now, until, BATCH])
+        return ids, until
 
-    async def deleted(self, ids: Iterable[str]) -> None:
-        """The bytes of `ids`, at least one, are gone."""
-        async with broker_within(self._timeout_s), self._redis.pipeline(transaction=True) as pipe:
-            pipe.zrem(DELETING_KEY, *ids)
-            pipe.delete(*map(media_key, ids))
-            await pipe.execute()
+    async def deleted(self, ids: Sequence[str], until: float) -> None:
+        """The bytes of `ids` are gone, which `due` gave out until then."""
+        keys = [DELETING_KEY, *map(media_key, ids)]
+        async with broker_within(self._timeout_s):
+            await self._deleted(keys=keys, args=[until, *ids])
 
     async def adopt(self, ids: Iterable[str]) -> None:
         """Lets stored media that nothing is known of expire now: the broker may have lost their entries."""

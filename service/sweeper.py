@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from contextlib import asynccontextmanager
+import time
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STRAYS_EVERY_S = 3600
+SPARE_S = 60.0
+"""Of the time in which nobody else claims what is deleted: clocks differ, and a request may be under way."""
 _ID = re.compile(r"[0-9a-f]{64}")
 
 
@@ -59,20 +62,29 @@ class Sweeper:
     async def sweep(self) -> int:
         """Deletes all that is due and returns how many. What the store keeps is tried again later."""
         count = 0
-        while ids := await self._shelf.due():
-            await to_thread.run_sync(self._delete, ids)
-            await self._shelf.deleted(ids)
-            count += len(ids)
+        while True:
+            ids, until = await self._shelf.due()
+            done = await self._delete(ids, until - SPARE_S)
+            await self._shelf.deleted(done, until)
+            count += len(done)
+            if not ids or len(done) < len(ids):
+                break
         if count:
             logger.info("%d expired media deleted", count)
         return count
 
-    def _delete(self, ids: list[str]) -> None:
-        for media_id in ids:
-            try:
-                self._store.delete(media_path(media_id))
-            except FileNotFoundError:
-                continue  # claimed and never written, or deleted by one who died before it could say so
+    async def _delete(self, ids: list[str], until: float) -> list[str]:
+        """Deletes the bytes of `ids` as long as it is not later than `until`; returns those that are gone."""
+        done = list[str]()
+        try:
+            async with asyncio.timeout(until - time.time()):
+                for media_id in ids:
+                    with suppress(FileNotFoundError):  # never written, or deleted by one who died then
+                        await self._store.delete_async(media_path(media_id))
+                    done.append(media_id)
+        except TimeoutError:
+            logger.warning("the media store is slow: expired media are left for later")
+        return done
 
     async def adopt_strays(self) -> None:
         """Lets media expire that have lain in the store for their time though no entry says until when."""

@@ -7,6 +7,7 @@ import hashlib
 import io
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +19,7 @@ from service.fetch import Fetcher
 from service.keys import Caller
 from service.media import Intake, MediaStore, open_store
 from service.shelf import DELETING_KEY, EXPIRY_KEY, Shelf
-from service.sweeper import Sweeper
+from service.sweeper import SPARE_S, Sweeper
 from tests.present import present
 from tests.service.conftest import MP4, StandInWorker, encoded, png, problem, question, serving, stored, until
 from worker.contract import MediaRef, media_key, media_path
@@ -267,12 +268,12 @@ async def test_a_claim_waits_for_a_deletion_and_puts_the_bytes_there_again(
     """Between the decision to delete and the deletion nobody may rely on the bytes."""
     media_id = await parts.upload(png())
     expire(redis, media_id)
-    (due,) = await parts.shelf.due()
+    due, ours_until = await parts.shelf.due()
     again = asyncio.create_task(parts.upload(png()))
     await asyncio.sleep(0.1)
     assert not again.done()
-    parts.sweeper._delete([due])
-    await parts.shelf.deleted([due])
+    assert await parts.sweeper._delete(due, ours_until) == [media_id]
+    await parts.shelf.deleted(due, ours_until)
     assert await again == media_id
     assert (media_directory / media_path(media_id)).exists()
     assert await parts.sweeper.sweep() == 0
@@ -300,6 +301,48 @@ async def test_a_deletion_that_its_front_end_did_not_live_to_finish_is_finished_
     await parts.upload(png(color="blue"))
     assert await parts.sweeper.sweep() == 1
     assert {path.name for path in (media_directory / "media").iterdir()} == {kept}
+
+
+async def test_a_sweep_that_the_store_holds_up_ends_while_nobody_else_may_claim(
+    parts: Parts, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is deleted after that may be somebody's again; what was deleted until then is said to be."""
+    media = {await parts.upload(png(color=color)) for color in ("red", "blue", "green")}
+    for media_id in media:
+        expire(redis, media_id)
+    asked = []
+
+    async def delete(path: str) -> None:
+        asked.append(path)
+        if len(asked) == 2:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr("service.shelf.DELETING_S", SPARE_S + 0.5)
+    monkeypatch.setattr(parts.sweeper, "_store", SimpleNamespace(delete_async=delete))
+    async with asyncio.timeout(30):
+        assert await parts.sweeper.sweep() == 1
+    assert len(asked) == 2
+    left = {media_id for media_id in media if redis.exists(media_key(media_id))}
+    assert {media_path(media_id) for media_id in media - left} == {asked[0]}
+    assert set(redis.zrange(DELETING_KEY, 0, -1)) == left
+
+
+async def test_what_was_claimed_since_its_deletion_ran_out_keeps_its_entry(
+    parts: Parts, redis: Redis
+) -> None:
+    """Also while another front end deletes it anew: until that has said so, nobody may claim it."""
+    media_id = await parts.upload(png())
+    expire(redis, media_id)
+    ids, ours_until = await parts.shelf.due()
+    redis.zadd(DELETING_KEY, {media_id: time.time() - 1})
+    await parts.upload(png())
+    await parts.shelf.deleted(ids, ours_until)
+    assert await parts.shelf.facts(media_id, ALICE)
+    expire(redis, media_id)
+    assert (await parts.shelf.due())[0] == [media_id]
+    await parts.shelf.deleted(ids, ours_until)
+    assert redis.zscore(DELETING_KEY, media_id)
+    assert await parts.shelf.facts(media_id, ALICE)
 
 
 async def test_a_deletion_that_hangs_fails_the_claim_in_the_end(
