@@ -4,7 +4,7 @@
 #   PIP_ARGS="..."       options for pip: another index, or one with CPU-only builds of torch
 #   PYTEST_ARGS="..."    options for pytest
 #   CHAOS_ARGS="..."     options for the chaos tests: --jobs 200 --outage-s 10, --keep FILE to go on later
-#   PRISM_PORT=8001      and the other settings of README.md
+#   PRISM_PORT=8001      and the other settings of docs/settings.md
 
 PYTHON ?= python3
 PIP_ARGS ?=

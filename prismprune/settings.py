@@ -12,7 +12,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class LibrarySettings(BaseSettings):
     """Read from the environment with the prefix `PRISM_`."""
 
-    model_config = SettingsConfigDict(env_prefix="PRISM_", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="PRISM_", env_ignore_empty=True, frozen=True)
 
     cache_dir: Path = Field(default_factory=lambda: user_cache_path("prismprune"))
     """Fetched parts and the assembled demo checkpoint; safe to delete."""

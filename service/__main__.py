@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from service import logs
 from service.app import create_app
 from service.keys import WHY_NOT, may_listen
-from service.settings import ServiceSettings, complaints
+from service.settings import ServiceSettings
+from worker.contract import complaints
 
 
 def server(settings: ServiceSettings) -> uvicorn.Server:

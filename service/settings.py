@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from worker.contract import TracingEndpoint
-
-if TYPE_CHECKING:
-    from pydantic import ValidationError
 
 MIB = 1024 * 1024
 ANYONE = "yes-anyone-who-reaches-the-port-may-use-it"
@@ -27,15 +24,6 @@ def _split(value: object) -> object:
     if isinstance(value, str):
         return tuple(each.strip() for each in value.split(",") if each.strip())
     return value
-
-
-def complaints(error: ValidationError) -> list[str]:
-    """What is wrong with which variable, a line each; never a value, which may be a secret."""
-    return [
-        "".join(f"PRISM_{str(name).upper()}: " for name in problem["loc"][:1])
-        + problem["msg"].removeprefix("Value error, ")
-        for problem in error.errors(include_input=False)
-    ]
 
 
 class ListenSettings(BaseSettings):

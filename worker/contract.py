@@ -10,7 +10,7 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distribution
 from typing import Annotated, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 TASK_ANSWER = "prismprune.answer"
 WORKERS_KEY = "prism:workers"
@@ -117,6 +117,15 @@ def media_key(media_id: str) -> str:
     `width`, `height`, `frames` once they are known: of a video when a worker has decoded it.
     """
     return f"prism:media:{media_id}"
+
+
+def complaints(error: ValidationError) -> list[str]:
+    """What is wrong with which variable, a line each; never a value, which may be a secret."""
+    return [
+        "".join(f"PRISM_{str(name).upper()}: " for name in problem["loc"][:1])
+        + problem["msg"].removeprefix("Value error, ")
+        for problem in error.errors(include_input=False)
+    ]
 
 
 def media_path(media_id: str) -> str:

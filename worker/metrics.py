@@ -1,7 +1,7 @@
 """What a worker measures: one registry, observed once a request at its terminal write.
 
-Names and labels are those of API.md; base units. Process and Python collectors are left out: the front end
-has its own, and one scrape may show both.
+Names and labels are those that rules and dashboards ask for; base units. Process and Python collectors are
+left out: the front end has its own, and one scrape may show both.
 """
 
 from __future__ import annotations

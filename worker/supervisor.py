@@ -17,8 +17,10 @@ from collections import deque
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from pydantic import ValidationError
 from redis.exceptions import RedisError
 
+from worker.contract import complaints
 from worker.jobs import connect, free
 from worker.pulse import STALLED, WARM
 from worker.settings import WorkerSettings
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 EX_GIVE_UP = 1
 """The serving process's exit code for what no restart mends: a model that cannot be loaded, a bad setting."""
+BAD_SETTING = 2
+"""What the front end ends with, too."""
 HOPELESS = 3
 MARGIN_S = 3.0
 """Beyond its grace the serving process has so long to give its jobs back, and again so long to leave."""
@@ -46,7 +50,11 @@ def main(command: Sequence[str] = SERVE) -> int:
 
     Its last arguments will be the name of its life and the descriptor of the pipe for its `Pulse`.
     """
-    settings = WorkerSettings()
+    try:
+        settings = WorkerSettings()
+    except ValidationError as error:
+        sys.stderr.write("\n".join((*complaints(error), "")))
+        return BAD_SETTING
     logging.basicConfig(
         level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )

@@ -1,4 +1,4 @@
-"""Which visual tokens stay: the methods, by name. A new one is a file here and a line in `_METHODS`."""
+"""Which visual tokens stay: the methods, by name. A new one is a file here and a name in `_PLAIN`."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from service.serve.machine import claim, require_free_port
 from service.serve.settings import ServeSettings
 from service.serve.stack import bring_up, say
 from service.serve.tree import ProcessTree
-from service.settings import complaints
+from worker.contract import complaints
 
 WITH_PARENT = "--end-with-parent"
 """`make serve` passes it, so that killing `make` is enough."""

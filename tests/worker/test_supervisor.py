@@ -12,7 +12,7 @@ import pytest
 
 from worker.pulse import ALIVE, STALLED, Pulse
 from worker.settings import WorkerSettings
-from worker.supervisor import BACKOFF_S, EX_GIVE_UP, HOPELESS, MINUTE_S, Supervisor
+from worker.supervisor import BACKOFF_S, BAD_SETTING, EX_GIVE_UP, HOPELESS, MINUTE_S, Supervisor, main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,3 +174,16 @@ def test_a_process_without_its_supervisor_ends() -> None:
         pulse._thread.join(10)
     assert orphaned
     os.close(writer)
+
+
+def test_a_bad_setting_is_a_line_and_never_its_value(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of the front end: a name and what is wrong, of each."""
+    monkeypatch.delenv("PRISM_MEDIA_URL", raising=False)
+    monkeypatch.setenv("PRISM_BROKER_URL", "redis://:secret@nowhere:1")
+    monkeypatch.setenv("PRISM_MAX_BATCH", "secret")
+    assert main() == BAD_SETTING
+    told = capsys.readouterr().err
+    assert [line.partition(":")[0] for line in told.splitlines()] == ["PRISM_MEDIA_URL", "PRISM_MAX_BATCH"]
+    assert "secret" not in told
