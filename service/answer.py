@@ -129,14 +129,17 @@ async def accept(
         async with here.idempotency.once(caller.owner, key, same, job.id) as existing:
             if existing is not None:
                 return await here.jobs.known(existing, caller.owner)
-            return await _enter(job, intakes, here, caller)
+            return await _enter(job, intakes, here, caller, key)
 
 
-async def _enter(job: AnswerJob, intakes: tuple[Intake, ...], here: Context, caller: Caller) -> JobRecord:
+async def _enter(
+    job: AnswerJob, intakes: tuple[Intake, ...], here: Context, caller: Caller, key: str | None
+) -> JobRecord:
     """Puts `job` into its model's queue if there is a worker and a place; only then its media are stored."""
     await here.workers.expect(job.model)
     async with here.admission.admit(job.model):
         await here.media.keep(intakes, caller)
+        await here.idempotency.hold(caller.owner, key, job.id)
         with here.tracing.sending(job) if here.tracing else nullcontext(job) as traced:
             return await here.jobs.submit(traced, caller.owner)
 

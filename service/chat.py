@@ -20,7 +20,7 @@ from service.examples import chat_examples
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import openai_problems
 from service.schemas import ChatRequest
-from worker.contract import EventName, Memory, Problem, Timings, Usage, VisualTokens
+from worker.contract import EventName, JobState, Memory, Problem, Timings, Usage, VisualTokens
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Iterator
@@ -128,8 +128,9 @@ async def complete(
     wait = here.jobs.wait(record, wait_s) if idempotency_key else waited_for(request, here, record, wait_s)
     record = await wait
     if not record.state.terminal:
-        await here.jobs.cancel(record)
-        raise DeadlineError(f"No answer within {here.settings.timeout_s:g} s; the job was canceled.")
+        record = await here.jobs.cancel(record)  # its end may have come before that
+        if record.state is JobState.CANCELED or not record.state.terminal:
+            raise DeadlineError(f"No answer within {here.settings.timeout_s:g} s; the job was canceled.")
     return JSONResponse(_completion(record, record.outcome(), chat.model))
 
 
@@ -167,7 +168,7 @@ async def _chunks(here: Context, record: JobRecord, chat: ChatRequest) -> AsyncG
                 yield _event(_chunk(head, {"content": heard[len(said) :]}))
                 said = heard
         elif event.ends:
-            for piece in _ending(await here.jobs.look(record), head, chat, said):
+            for piece in _ending(await here.jobs.ended(record), head, chat, said):
                 yield _event(piece)
     yield DONE
 

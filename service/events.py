@@ -65,10 +65,18 @@ async def read_events(
     A reader whose line broke goes on after the `Last-Event-ID` that it sends. `started` again: the worker of
     the attempt before was lost, and the text begins anew.
     """
-    if not _ENTRY_ID.fullmatch(last_event_id):
+    if not _is_entry_id(last_event_id):
         raise InvalidRequestError("Last-Event-ID: the id of an event of this job")
     record = await here.jobs.known(job_id, caller.owner)
     return EventSourceResponse(sent(here, record, last_event_id), headers=HEADERS)
+
+
+def _is_entry_id(text: str) -> bool:
+    """Whether the broker knows such ids, and one may lie behind it."""
+    if not _ENTRY_ID.fullmatch(text):
+        return False
+    halves = tuple(map(int, text.split("-")))
+    return max(halves) < 2**64 and halves < (2**64 - 1, 2**64 - 1)
 
 
 async def sent(here: Context, record: JobRecord, after: str = START) -> AsyncGenerator[bytes, None]:
@@ -119,7 +127,7 @@ async def _data(here: Context, record: JobRecord, event: Event) -> str:
     """JSON on one line: the event's own data; of an end, what came of the job."""
     if not event.ends:
         return json.dumps(event.data)
-    ended = await here.jobs.look(record)
+    ended = await here.jobs.ended(record)
     if event.name is EventName.COMPLETED:
         return json.dumps(ended.result)
     base_url = here.settings.problem_base_url

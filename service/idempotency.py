@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 KEPT_S = 24 * 3600
 CLAIM_S = 60
-"""How long a front end may take from the claim to the accepted job: it stores the media in between."""
+"""How long a front end may take from the claim until the media are stored, and then to the accepted job."""
 MAX_KEY = 255
 
 # KEYS: key. ARGV: fingerprint, id of the job to be, seconds of a claim, seconds a key is kept, prefix of a
@@ -41,6 +41,7 @@ local seen = redis.call('HMGET', KEYS[1], 'fingerprint', 'job', 'claimed_until')
 if seen[1] and seen[1] ~= ARGV[1] then return {'other'} end
 if seen[1] then
   if not seen[3] then return {'job', seen[2]} end
+  if seen[2] == ARGV[2] then return {'mine'} end
   if tonumber(seen[3]) > now then return {'busy'} end
   if redis.call('EXISTS', ARGV[5] .. seen[2]) == 1 then
     redis.call('HDEL', KEYS[1], 'claimed_until')
@@ -50,6 +51,13 @@ end
 redis.call('HSET', KEYS[1], 'fingerprint', ARGV[1], 'job', ARGV[2], 'claimed_until', now + ARGV[3])
 redis.call('EXPIRE', KEYS[1], ARGV[4])
 return {'mine'}
+"""
+# KEYS: key. ARGV: id of the job to be, seconds of a claim. Returns whether the key is still its.
+_HOLD = """
+local seen = redis.call('HMGET', KEYS[1], 'job', 'claimed_until')
+if seen[1] ~= ARGV[1] or not seen[2] then return 0 end
+redis.call('HSET', KEYS[1], 'claimed_until', tonumber(redis.call('TIME')[1]) + ARGV[2])
+return 1
 """
 # KEYS: key. ARGV: id of the job, seconds to keep it.
 _FINISH = """
@@ -67,6 +75,7 @@ class Idempotency:
     def __init__(self, redis: Redis, settings: ServiceSettings) -> None:
         self._timeout_s = settings.broker_timeout_s
         self._begin = redis.register_script(_BEGIN)
+        self._hold = redis.register_script(_HOLD)
         self._finish = redis.register_script(_FINISH)
         self._release = redis.register_script(_RELEASE)
 
@@ -108,6 +117,18 @@ class Idempotency:
             raise
         if key is not None and existing is None:
             await self.finish(owner, key, job_id)
+
+    async def hold(self, owner: str, key: str | None, job_id: str) -> None:
+        """The claim lasts anew, for what is left to do after the media were stored, however long that took.
+
+        Raises `IdempotencyBusyError` where it has run out and is another's: one key makes one job.
+        """
+        if key is None:
+            return
+        async with broker_within(self._timeout_s):
+            ours = await self._hold(keys=[_redis_key(owner, key)], args=[job_id, CLAIM_S])
+        if not ours:
+            raise IdempotencyBusyError("A request with this Idempotency-Key is being admitted elsewhere.")
 
     async def finish(self, owner: str, key: str, job_id: str) -> None:
         """From now on `key` stands for `job_id`, which the broker has accepted."""

@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import time
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from anyio import CapacityLimiter, to_thread
 from celery import Celery
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from service.errors import BrokerAwayError, JobEndedError, UnknownJobError
 from service.ids import is_id
@@ -52,6 +53,10 @@ START = "0-0"
 EVENTS_AT_ONCE = 256
 AWAY_AGAIN_S = 0.5
 """A follower asks a broker that was away this often."""
+LATE_S = 5.0
+"""After its deadline a job is ended here: by then its worker would have done so, were there one."""
+TELL_AGAIN_S = 1.0
+"""What the broker refuses is logged this often, each kind of refusal for itself."""
 
 _EVENT_NAMES = {name.value for name in EventName}
 _ENDED_WITHOUT_ERROR = {
@@ -68,6 +73,10 @@ _ENDED_WITHOUT_ERROR = {
         detail="The job's own deadline passed.",
     ),
 }
+_FORGOTTEN = Problem(
+    slug="internal-error", status=500, title="Internal error", detail="The broker has lost the job."
+)
+_told: dict[str, float] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +91,7 @@ class JobRecord:
     created_at: float
     started_at: float | None
     finished_at: float | None
+    deadline_at: float | None
     attempts: int
     result: dict[str, Any] | None
     error: Problem | None
@@ -98,12 +108,20 @@ class JobRecord:
             created_at=float(fields["created_at"]),
             started_at=_time(fields, "started_at"),
             finished_at=_time(fields, "finished_at"),
+            deadline_at=_time(fields, "deadline_at"),
             attempts=int(fields.get("attempts", 0)),
             result=_without_absent(json.loads(fields["result"])) if "result" in fields else None,
             error=Problem.model_validate_json(fields["error"])
             if "error" in fields
             else _ENDED_WITHOUT_ERROR.get(state),
         )
+
+    @property
+    def late_in_s(self) -> float:
+        """Until it is too late for any worker to end the job; infinite for one that has ended."""
+        if self.state.terminal or self.deadline_at is None:
+            return math.inf
+        return self.deadline_at + LATE_S - time.time()
 
     def outcome(self) -> dict[str, Any]:
         """The result of a succeeded job; raises `JobEndedError` for every other end."""
@@ -130,8 +148,21 @@ async def broker_within(seconds: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds):
             yield
+    except ResponseError as error:
+        _tell_refusal(error)
+        raise BrokerAwayError("The broker does not take the request; try again.") from error
     except (RedisError, OperationalError, OSError) as error:  # TimeoutError is an OSError
         raise BrokerAwayError("The broker does not answer; try again.") from error
+
+
+def _tell_refusal(error: ResponseError) -> None:
+    """Its kind alone, by which an operator knows what to do: the rest may quote what was written."""
+    kind, now = type(error).__name__, time.monotonic()
+    if kind == ResponseError.__name__:
+        kind = next(iter(str(error).split()), kind)
+    if now - _told.get(kind, -math.inf) >= TELL_AGAIN_S:
+        _told[kind] = now
+        logger.warning("the broker refuses: %s", kind)
 
 
 def producer(broker_url: str, timeout_s: float) -> Celery:
@@ -154,11 +185,12 @@ def producer(broker_url: str, timeout_s: float) -> Celery:
 
 
 # KEYS: job, open jobs of its model, its stream. ARGV: now, seconds to keep it, its channel, `JobEvent`, its
-# id, `EndedData`, channel of cancellations, event. Returns the state that stands then, nothing if unknown.
-_CANCEL = """
+# id, `EndedData`, channel of cancellations, event, state. Returns the state that stands then, nothing if
+# unknown.
+_END = """
 local state = redis.call('HGET', KEYS[1], 'state')
 if state ~= 'queued' and state ~= 'running' then return state end
-redis.call('HSET', KEYS[1], 'state', 'canceled', 'finished_at', ARGV[1])
+redis.call('HSET', KEYS[1], 'state', ARGV[9], 'finished_at', ARGV[1])
 redis.call('HDEL', KEYS[1], 'payload')
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 redis.call('ZREM', KEYS[2], ARGV[5])
@@ -166,7 +198,7 @@ redis.call('XADD', KEYS[3], '*', 'event', ARGV[8], 'data', ARGV[6])
 redis.call('EXPIRE', KEYS[3], ARGV[2])
 redis.call('PUBLISH', ARGV[3], ARGV[4])
 redis.call('PUBLISH', ARGV[7], ARGV[5])
-return 'canceled'
+return ARGV[9]
 """
 
 
@@ -193,7 +225,7 @@ class Jobs:
         self._timeout_s = settings.broker_timeout_s
         self._producer = producer(settings.broker_url, settings.broker_timeout_s)
         self._publishers = CapacityLimiter(PUBLISHERS)
-        self._cancel = redis.register_script(_CANCEL)
+        self._end_script = redis.register_script(_END)
         self._canceling: set[asyncio.Task[None]] = set()
 
     async def submit(self, job: AnswerJob, owner: str) -> JobRecord:
@@ -204,6 +236,7 @@ class Jobs:
         fields: dict[Any, Any] = {
             "state": JobState.QUEUED.value,
             "created_at": repr(job.created_at),
+            "deadline_at": repr(job.deadline_at),
             "request_id": job.request_id,
             "owner": owner,
             "model": job.model,
@@ -231,7 +264,17 @@ class Jobs:
         )
 
     async def read(self, job_id: str) -> JobRecord | None:
-        """The job as it stands, None if there is none. Raises `BrokerAwayError`."""
+        """The job as it stands, None if there is none. Raises `BrokerAwayError`.
+
+        One whose deadline has passed without anybody's word is ended: there may be no worker to do it.
+        """
+        record = await self._read(job_id)
+        if record is None or record.late_in_s > 0:
+            return record
+        await self._end(record, JobState.EXPIRED)
+        return await self._read(job_id)
+
+    async def _read(self, job_id: str) -> JobRecord | None:
         async with broker_within(self._timeout_s):
             fields: dict[str, str] = await self._redis.hgetall(job_key(job_id))  # type: ignore[assignment]  # decoded
         return JobRecord.parse(job_id, fields) if fields else None
@@ -251,7 +294,7 @@ class Jobs:
         # Its first signal says: subscribed, look once.
         async with self._signals.of(record.id, end_only=True) as changed:
             while not record.state.terminal and (left := wait_until - time.monotonic()) > 0:
-                await _wait(changed, min(left, LOOK_AGAIN_S))
+                await _wait(changed, min(left, LOOK_AGAIN_S, max(record.late_in_s, AWAY_AGAIN_S)))
                 changed.clear()
                 record = await self.look(record)
         return record
@@ -261,9 +304,14 @@ class Jobs:
 
         Raises `BrokerAwayError`.
         """
+        await self._end(record, JobState.CANCELED)
+        return await self.read(record.id) or record
+
+    async def _end(self, record: JobRecord, state: JobState) -> None:
+        """Ends the job in that state unless it has ended, and tells who waits and who works on it."""
         now = time.time()
-        event = JobEvent(state=JobState.CANCELED, at=now).model_dump_json()
-        ended = EndedData(id=record.id, state=JobState.CANCELED).model_dump_json()
+        event = JobEvent(state=state, at=now).model_dump_json()
+        ended = EndedData(id=record.id, state=state).model_dump_json()
         keys = [job_key(record.id), open_jobs_key(record.model), events_key(record.id)]
         args: list[str | int | float] = [
             now,
@@ -274,8 +322,9 @@ class Jobs:
             ended,
         ]
         async with broker_within(self._timeout_s):
-            await self._cancel(keys=keys, args=[*args, CANCEL_CHANNEL, EventName.CANCELED])
-        return await self.read(record.id) or record
+            await self._end_script(
+                keys=keys, args=[*args, CANCEL_CHANNEL, EventName.of_end(state), state.value]
+            )
 
     def cancel_soon(self, record: JobRecord) -> None:
         """As `cancel`, for a caller that hung up: nobody waits for it, and nothing stops it."""
@@ -292,7 +341,8 @@ class Jobs:
     async def follow(self, record: JobRecord, after: str = START) -> AsyncGenerator[Event | None, None]:
         """The job's events after the entry `after`, to the last; None now and then while nothing happens.
 
-        A broker that is away is waited for. An end that the stream no longer holds is told all the same.
+        A broker that is away is waited for. An end that the stream no longer holds is told all the same, and
+        so is that the broker has lost the job.
         """
         async with self._signals.of(record.id) as changed:
             await _wait(changed, LOOK_AGAIN_S)  # its first signal says: subscribed, look once
@@ -308,7 +358,7 @@ class Jobs:
                 if events and len(events) == EVENTS_AT_ONCE:
                     continue  # there may be more already
                 if silent and not events:
-                    record = await self.look(record)
+                    record = await self._looked(record)
                     # Once more: the end may have come between. A broker that is away tells nothing.
                     if record.state.terminal and await self._events_after(record.id, after) == []:
                         yield Event(after, EventName.of_end(record.state), {})
@@ -333,11 +383,25 @@ class Jobs:
 
     async def look(self, last: JobRecord) -> JobRecord:
         """The job as it stands, or as it last stood: it was accepted, and outlasts a broker that is away."""
+        looked = await self._looked(last)
+        return last if looked.error is _FORGOTTEN else looked
+
+    async def _looked(self, last: JobRecord) -> JobRecord:
+        """The same; failed, if the broker answers and does not know it."""
         try:
-            return await self.read(last.id) or last
+            found = await self.read(last.id)
         except BrokerAwayError:
             logger.warning("broker away while job %s is waited for", last.id)
             return last
+        return found or replace(last, state=JobState.FAILED, error=_FORGOTTEN)
+
+    async def ended(self, record: JobRecord) -> JobRecord:
+        """What came of a job that has told its end. A broker that is away is waited for."""
+        record = await self._looked(record)
+        while not record.state.terminal:
+            await asyncio.sleep(AWAY_AGAIN_S)
+            record = await self._looked(record)
+        return record
 
 
 async def _wait(event: asyncio.Event, seconds: float) -> bool:

@@ -285,7 +285,7 @@ class Jobs:
             if state == JobState.RUNNING:
                 claim.renewed_at = at
             else:
-                lost = state in ("lost", "missing")
+                lost = state in ("lost", "missing", JobState.QUEUED)  # queued: another's, who gave it back
                 claim.stop.request(StopReason.LOST if lost else StopReason.CANCELED)
 
     def fence(self) -> None:

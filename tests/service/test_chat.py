@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 import openai
 import pytest
 
+from service.jobs import Jobs
 from service.keys import new_key
 from tests.replies import state
-from tests.service.conftest import MODEL, data_uri, listening, png
+from tests.service.conftest import MODEL, data_uri, listening, png, until
 from worker.contract import JobState
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from redis import Redis
 
+    from service.jobs import JobRecord
     from tests.service.conftest import MakeSettings, StandInWorker
 
 
@@ -155,6 +157,22 @@ async def test_a_wait_that_runs_out_ends_the_job(
     assert (raised.value.status_code, raised.value.code) == (504, "deadline-exceeded")
     (job,) = worker.jobs
     assert state(redis, job.id) is JobState.CANCELED
+
+
+async def test_an_answer_that_comes_as_the_wait_runs_out_is_given(
+    make_settings: MakeSettings, redis: Redis, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Canceling is too late then, and says so."""
+    del worker
+
+    async def just_too_short(_: Jobs, record: JobRecord, __: float) -> JobRecord:
+        await until(lambda: state(redis, record.id) is JobState.SUCCEEDED)
+        return record
+
+    monkeypatch.setattr(Jobs, "wait", just_too_short)
+    async with listening(make_settings()) as port, client(port) as official:
+        answer = await official.chat.completions.create(model=MODEL, messages=messages())
+    assert answer.choices[0].message.content == "red"
 
 
 async def test_a_wrong_key_is_openais_authentication_error(

