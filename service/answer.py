@@ -52,7 +52,7 @@ _LOCATION = {"Location": {"description": "Of the job.", "schema": {"type": "stri
     responses={
         200: {"content": EVENT_STREAM, "description": "The answer; with `stream`, server-sent events."},
         202: {"model": JobView, "description": "Accepted; poll the `Location`.", "headers": _LOCATION},
-        **problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+        **problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504, 507),
     },
     openapi_extra={"requestBody": answer_body()},
 )

@@ -91,7 +91,7 @@ _STREAM = {
     response_model=ChatCompletion,
     responses={
         200: {"content": _STREAM, "description": "The answer; with `stream`, its text as it comes."},
-        **openai_problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 503, 504),
+        **openai_problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503, 504, 507),
     },
     openapi_extra={
         "requestBody": {

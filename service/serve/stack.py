@@ -196,7 +196,7 @@ Ready after {seconds:.0f} s: {base}
 
 Ask about a picture, keeping 64 of its visual tokens:
 
-  curl -s {base}/v1/answer{key} \\
+  curl -s {shlex.quote(f"{base}/v1/answer")}{key} \\
     -F {shlex.quote(f"image=@{image}")} \\
     -F {shlex.quote(f"question={EXAMPLE_QUESTION}")} \\
     -F token_budget=64 | python3 -m json.tool
