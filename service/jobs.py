@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -271,7 +271,8 @@ class Jobs:
         record = await self._read(job_id)
         if record is None or record.late_in_s > 0:
             return record
-        await self._end(record, JobState.EXPIRED)
+        with suppress(BrokerAwayError):  # one that is full or a replica still tells how the job stands
+            await self._end(record, JobState.EXPIRED)
         return await self._read(job_id)
 
     async def _read(self, job_id: str) -> JobRecord | None:

@@ -17,7 +17,7 @@ WORKERS_KEY = "prism:workers"
 """Redis hash: worker id to `WorkerStatus` as JSON; a worker counts while `seen_at` is fresh."""
 WORKER_FRESH_S = 15.0
 CANCEL_CHANNEL = "prism:cancel"
-"""Redis channel on which the front end publishes the id of a job that it has canceled."""
+"""Redis channel on which the front end publishes the id of a job that it has ended: canceled, or expired."""
 DEAD_LETTERS_KEY = "prism:dead-letters"
 """Redis stream: one `DeadLetter` as JSON (field `job`) for each job that was given up."""
 RESULT_TTL_S = 24 * 3600
@@ -71,10 +71,11 @@ TracingEndpoint = Annotated[str, Field(pattern="^https?://"), AfterValidator(_ex
 def job_key(job_id: str) -> str:
     """Redis hash of one job.
 
-    Fields: `state`, `created_at`, `started_at` (of the last attempt), `finished_at`, `attempts`, `result`,
-    `error`, `owner` (who may see it, "" where no keys are configured), `payload` (the `AnswerJob` as JSON,
-    for as long as the job may have to be sent again), and of the worker `observed_by` (who counted it in the
-    metrics), `holder`, `alone`, `suspect`, `exhausted` and `told`; see `worker.scripts`.
+    Fields: `state`, `created_at`, `deadline_at`, `started_at` (of the last attempt), `finished_at`,
+    `attempts`, `result`, `error`, `owner` (who may see it, "" where no keys are configured), `payload` (the
+    `AnswerJob` as JSON, for as long as the job may have to be sent again), and of the worker `observed_by`
+    (who counted it in the metrics), `holder`, `alone`, `suspect`, `exhausted` and `told`; see
+    `worker.scripts`.
     """
     return f"prism:job:{job_id}"
 
@@ -87,8 +88,9 @@ def events_channel(job_id: str) -> str:
 def events_key(job_id: str) -> str:
     """Redis stream of what happened to the job: `event` (an `EventName`) and `data` (JSON) an entry.
 
-    Whoever causes an event appends it: the front end `queued` and `canceled`, the worker the others. The data
-    are those of `StartedData`, `TokenData`, and `EndedData` for every end. It lives as long as the job.
+    Whoever causes an event appends it: the front end `queued`, `canceled`, and `expired` where no worker did
+    in time; the worker the others. The data are those of `StartedData`, `TokenData`, and `EndedData` for
+    every end. It lives as long as the job.
     """
     return f"prism:job:{job_id}:events"
 

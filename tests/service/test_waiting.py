@@ -269,6 +269,25 @@ async def test_a_stream_is_bounded_by_the_deadline_without_a_worker(
     assert parsed(reply.text)[-1][1]["status"] == 504
 
 
+@pytest.mark.usefixtures("soon_late")
+async def test_a_late_job_is_told_though_the_broker_takes_no_end(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis
+) -> None:
+    """A full broker still answers: the job is open until its end can be written."""
+    worker.pause()
+    accepted = await client.post(
+        "/v1/answer", json=question(deadline_s=0.1), headers={"Prefer": "respond-async"}
+    )
+    job = f"/v1/jobs/{accepted.json()['id']}"
+    redis.config_set("maxmemory", 1)
+    try:
+        await asyncio.sleep(0.5)
+        assert (await client.get(job)).json()["state"] == "queued"
+    finally:
+        redis.config_set("maxmemory", 0)
+    assert (await client.get(job)).json()["state"] == "expired"
+
+
 async def test_a_stream_of_a_job_that_the_broker_lost_ends(
     client: httpx.AsyncClient, worker: StandInWorker, redis: blocking.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,21 +120,25 @@ def test_of_many_ends_one_stands(redis: Redis, make_job: MakeJob) -> None:
     assert sum(one.first for one in settled if one) == 1
 
 
-def test_a_canceled_job_is_not_started(jobs: Jobs, redis: Redis, make_job: MakeJob) -> None:
+@pytest.mark.parametrize("ended", [JobState.CANCELED, JobState.EXPIRED])
+def test_a_job_that_the_front_end_ended_is_not_started(
+    jobs: Jobs, redis: Redis, make_job: MakeJob, ended: JobState
+) -> None:
     """Its claim tells the state, and one delivery only may count it."""
     job = make_job()
-    redis.hset(job_key(job.id), "state", JobState.CANCELED)
-    assert jobs.claim(job.id) == Settled(JobState.CANCELED, first=True)
-    assert jobs.claim(job.id) == Settled(JobState.CANCELED, first=False)
+    redis.hset(job_key(job.id), "state", ended)
+    assert jobs.claim(job.id) == Settled(ended, first=True)
+    assert jobs.claim(job.id) == Settled(ended, first=False)
     assert "attempts" not in redis.hgetall(job_key(job.id))
 
 
-def test_a_cancellation_while_running_stands(jobs: Jobs, redis: Redis, make_job: MakeJob) -> None:
+@pytest.mark.parametrize("ended", [JobState.CANCELED, JobState.EXPIRED])
+def test_an_end_by_the_front_end_stands(jobs: Jobs, redis: Redis, make_job: MakeJob, ended: JobState) -> None:
     """The worker's own end comes too late and changes nothing."""
     job = make_job()
     claim = claimed(jobs, job.id)
-    redis.hset(job_key(job.id), "state", JobState.CANCELED)
-    assert jobs.finish(claim, FAILED) == Settled(JobState.CANCELED, first=True)
+    redis.hset(job_key(job.id), "state", ended)
+    assert jobs.finish(claim, FAILED) == Settled(ended, first=True)
     assert not redis.hexists(job_key(job.id), "error")
 
 
