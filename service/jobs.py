@@ -368,14 +368,14 @@ class Jobs:
                 silent = not await _wait(changed, AWAY_AGAIN_S if events is None else LOOK_AGAIN_S)
 
     async def _events_after(self, job_id: str, after: str) -> list[Event] | None:
-        """The entries after `after`, None if the broker is away."""
+        """The entries after `after`, None if the broker is away; none if it refuses to tell them."""
         try:
             async with broker_within(self._timeout_s):
                 entries: Any = await self._redis.xrange(
                     events_key(job_id), min=f"({after}", count=EVENTS_AT_ONCE
                 )
-        except BrokerAwayError:
-            return None
+        except BrokerAwayError as away:
+            return [] if isinstance(away.__cause__, ResponseError) else None
         return [
             Event(id_, EventName(entry["event"]), json.loads(entry["data"]))
             for id_, entry in entries

@@ -175,6 +175,19 @@ async def test_an_end_that_the_stream_lost_is_told_all_the_same(
     assert [(event, data["answer"]) for event, data, _ in events] == [("completed", "red")]
 
 
+async def test_an_end_whose_stream_the_broker_refuses_is_told_all_the_same(
+    client: httpx.AsyncClient, redis: Redis
+) -> None:
+    """Asked again it would refuse again: only a broker that is away is worth waiting for."""
+    job_id = await started(client, "What?")
+    await state_of(redis, job_id, "succeeded")
+    redis.delete(events_key(job_id))
+    redis.set(events_key(job_id), "no stream")
+    async with asyncio.timeout(10):
+        events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
+    assert [(event, data["answer"]) for event, data, _ in events] == [("completed", "red")]
+
+
 async def test_events_of_nothing(client: httpx.AsyncClient, redis: Redis) -> None:
     """An unknown job is 404, an id that is none is 422."""
     problem(await client.get("/v1/jobs/job_0/events"), 404, "unknown-job")
