@@ -16,7 +16,7 @@ from service.errors import CallerGoneError, InvalidRequestError, problem_details
 from service.jobs import START
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import problems
-from worker.contract import EventName
+from worker.contract import EventName, JobState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
 
     from service.context import Context
-    from service.jobs import Event, JobRecord
+    from service.jobs import JobRecord
 
 router = APIRouter(tags=["answers"])
 
@@ -84,8 +84,13 @@ async def sent(here: Context, record: JobRecord, after: str = START) -> AsyncGen
     async for event in here.jobs.follow(record, after):
         if event is None:
             yield KEEPALIVE_COMMENT
+        elif event.ends:
+            ended = await here.jobs.ended(record)  # not what the event says, where the job is lost since
+            yield format_sse_event(
+                event=EventName.of_end(ended.state), data_str=_outcome(here, ended), id=event.id
+            )
         else:
-            yield format_sse_event(event=event.name, data_str=await _data(here, record, event), id=event.id)
+            yield format_sse_event(event=event.name, data_str=json.dumps(event.data), id=event.id)
 
 
 async def unless_hung_up(
@@ -123,12 +128,9 @@ async def _gone(request: Request) -> None:
         continue
 
 
-async def _data(here: Context, record: JobRecord, event: Event) -> str:
-    """JSON on one line: the event's own data; of an end, what came of the job."""
-    if not event.ends:
-        return json.dumps(event.data)
-    ended = await here.jobs.ended(record)
-    if event.name is EventName.COMPLETED:
+def _outcome(here: Context, ended: JobRecord) -> str:
+    """What came of the job, as JSON on one line."""
+    if ended.state is JobState.SUCCEEDED:
         return json.dumps(ended.result)
     base_url = here.settings.problem_base_url
-    return json.dumps(ended.error and problem_details(ended.error, base_url, record.request_id))
+    return json.dumps(ended.error and problem_details(ended.error, base_url, ended.request_id))

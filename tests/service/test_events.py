@@ -16,7 +16,16 @@ from service import jobs
 from tests.replies import state
 from tests.service.conftest import MODEL, listening, problem, question, until
 from tests.service.test_chat import messages
-from worker.contract import CANCEL_CHANNEL, EventName, JobState, TokenData, events_key, job_key, open_jobs_key
+from worker.contract import (
+    CANCEL_CHANNEL,
+    EndedData,
+    EventName,
+    JobState,
+    TokenData,
+    events_key,
+    job_key,
+    open_jobs_key,
+)
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -173,6 +182,23 @@ async def test_an_end_that_the_stream_lost_is_told_all_the_same(
     redis.delete(events_key(job_id))
     events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
     assert [(event, data["answer"]) for event, data, _ in events] == [("completed", "red")]
+
+
+async def test_a_job_that_is_lost_with_its_result_has_failed(
+    client: httpx.AsyncClient, worker: StandInWorker, redis: Redis
+) -> None:
+    """Its stream says completed, and there is nothing left to give."""
+    following = asyncio.create_task(
+        client.post("/v1/answer", json=question(question="for ever", stream=True))
+    )
+    await until(lambda: worker.jobs)
+    (job,) = worker.jobs
+    redis.delete(job_key(job.id))
+    worker.tell(job, EventName.COMPLETED, EndedData(id=job.id, state=JobState.SUCCEEDED))
+    async with asyncio.timeout(30):
+        event, data, _ = parsed((await following).text)[-1]
+    assert event == "failed"
+    assert "lost" in data["detail"]
 
 
 async def test_an_end_whose_stream_the_broker_refuses_is_told_all_the_same(
