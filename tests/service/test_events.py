@@ -173,14 +173,18 @@ async def test_a_long_stream_is_read_to_its_end_at_once(
     assert [event for event, _, _ in events] == ["queued", "started", *["token"] * 3, "completed"]
 
 
+@pytest.mark.parametrize("refused", [False, True])
 async def test_an_end_that_the_stream_lost_is_told_all_the_same(
-    client: httpx.AsyncClient, redis: Redis
+    client: httpx.AsyncClient, redis: Redis, refused: bool
 ) -> None:
-    """Nobody waits for ever for an event that was trimmed away."""
+    """Nobody waits for ever for an event that was trimmed away, or that the broker refuses to tell."""
     job_id = await started(client, "What?")
     await state_of(redis, job_id, "succeeded")
     redis.delete(events_key(job_id))
-    events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
+    if refused:
+        redis.set(events_key(job_id), "no stream")
+    async with asyncio.timeout(10):
+        events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
     assert [(event, data["answer"]) for event, data, _ in events] == [("completed", "red")]
 
 
@@ -199,19 +203,6 @@ async def test_a_job_that_is_lost_with_its_result_has_failed(
         event, data, _ = parsed((await following).text)[-1]
     assert event == "failed"
     assert "lost" in data["detail"]
-
-
-async def test_an_end_whose_stream_the_broker_refuses_is_told_all_the_same(
-    client: httpx.AsyncClient, redis: Redis
-) -> None:
-    """Asked again it would refuse again: only a broker that is away is worth waiting for."""
-    job_id = await started(client, "What?")
-    await state_of(redis, job_id, "succeeded")
-    redis.delete(events_key(job_id))
-    redis.set(events_key(job_id), "no stream")
-    async with asyncio.timeout(10):
-        events = parsed((await client.get(f"/v1/jobs/{job_id}/events")).text)
-    assert [(event, data["answer"]) for event, data, _ in events] == [("completed", "red")]
 
 
 async def test_events_of_nothing(client: httpx.AsyncClient, redis: Redis) -> None:
