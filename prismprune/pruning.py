@@ -32,6 +32,7 @@ REPLACED = ("generate", "forward")
 PIXELS = "pixel_values"
 """What the names of all arguments with media begin with."""
 CACHE, ASK = "past_key_values", "leave them out and give the whole conversation, its pixels too."
+"""What is refused from turn to turn, and what to do in its place."""
 IGNORED = -100
 """The label of what counts for no loss, in transformers."""
 

@@ -165,7 +165,9 @@ class Session:
         )
         made = dict(zip(missing, encodings, strict=True))
         for key, request in missing.items():
-            if self._cache is not None and request.encoding_key is not None:
+            if self._cache is None or request.encoding_key is None:
+                continue
+            if self._cache.takes(made[key].bytes):  # else the copy would be for nothing
                 self._cache.put(key, made[key].apart())
         return [
             Asked(
