@@ -15,6 +15,7 @@ transformers' eager attention. `benchmarks/attention.py` measures all of it.
 
 from __future__ import annotations
 
+import threading
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -40,10 +41,10 @@ LEAST_ROWS, LEAST_SCORES = 96, 100_000
 """For products: queries of heads that share keys, and scores of all. Fewer take longer to begin than do."""
 
 
-class CpuAttention:
+class CpuAttention(threading.local):
     """Scaled dot-product attention [B, L, heads * head_dim], up to the rounding of its sums.
 
-    A mask is that of all layers of a pass, and is made for the first of them.
+    A mask is that of all layers of a pass, and is made for the first of them; of each thread's pass for it.
     """
 
     def __init__(self) -> None:

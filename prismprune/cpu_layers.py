@@ -12,6 +12,7 @@ token of a prompt, and the rest for the last one, whose output alone is used.
 
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -100,8 +101,11 @@ class _Joined(_Changed):
         return self.copies.product(values)
 
 
-class _Rotation:
-    """Of queries and keys by their positions. These are the same in all layers of a pass: prepared once."""
+class _Rotation(threading.local):
+    """Of queries and keys by their positions.
+
+    These are the same in all layers of a pass, and prepared once: in each thread for the one it runs.
+    """
 
     def __init__(self) -> None:
         self._prepared: tuple[Any, Tensor, Tensor] | None = None
@@ -222,16 +226,23 @@ class _GatedMLP(_Joined):
         return activated.mul_(up)
 
 
+class _Known(threading.local):
+    """What was found of the pass that a thread runs, which is known by its embeddings of positions."""
+
+    embeddings: Any = None
+    direct: bool = False
+
+
 class _Stack:
     """The layers of one language model, and whether they may call their parts past `nn.Module`.
 
     That is looked into once a pass, for all of them: few rows leave no part of a layer in the processor's
-    caches, and to look at it costs as much as a call. A pass is known by its embeddings of positions.
+    caches, and to look at it costs as much as a call.
     """
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         self._layers = layers
-        self._known: tuple[Any, bool] = (None, False)
+        self._known = _Known()
         self._copies = [copies for layer in layers for copies in layer.all_copies]
         parents = [module for layer in layers for module in layer.modules()]
         self._places = [
@@ -248,11 +259,11 @@ class _Stack:
 
     def direct(self, values: Tensor, embeddings: Any) -> bool:
         """Whether a layer that gets these [B, L, hidden] may."""
-        known, direct = self._known
-        if known is not embeddings or embeddings is None:
-            direct = self._unwatched() and self._served(values)
-            self._known = embeddings, direct
-        return direct
+        known = self._known
+        if known.embeddings is not embeddings or embeddings is None:
+            known.direct = self._unwatched() and self._served(values)
+            known.embeddings = embeddings
+        return known.direct
 
     def _unwatched(self) -> bool:
         """No part has a hook, another module in its place, or is trained."""

@@ -123,11 +123,11 @@ class Copies:
         """Of the weights that there are now, if they are of the same format."""
         if any(layer.weight.dtype is not self._format for layer in self.layers):
             return False
-        self._note()
         if self.packed is not None:
             self.pack()
         if self.half is not None:
             self.halve()
+        self._note()  # the last of all: another thread takes what is noted for what is there
         return True
 
     def _weight(self) -> Tensor:

@@ -16,9 +16,10 @@ import torch
 from torch.nn.functional import pad
 
 from prismprune.batches import Batch, Prefix, joined, roomy_cache
+from prismprune.lanes import side_by_side
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -69,6 +70,23 @@ class _Beginning:
     key: Hashable | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Rows that are run together, each behind what is known of it, if that is so.
+
+    visuals: whether all of theirs lie behind that; else none does.
+    """
+
+    rows: list[int]
+    beginnings: list[Prefix]
+    visuals: bool = True
+
+    @property
+    def starts(self) -> list[int]:
+        """Tokens of each row that are known."""
+        return [beginning.length for beginning in self.beginnings] or [0] * len(self.rows)
+
+
 class Prefill:
     """Runs prompts through the model, what several share once, and nothing of what is known before.
 
@@ -108,20 +126,25 @@ class Prefill:
         rests = {row: len(prompt.token_ids) - starts.get(row, 0) for row, prompt in enumerate(self._prompts)}
         most_tokens = CPU_PREFILL_TOKENS if self._decoder.model.device.type == "cpu" else math.inf
         whole = {row: rest for row, rest in rests.items() if row not in starts}
-        parts = [(rows, *self._computed(rows, [])) for rows in similar_lengths(whole, most_tokens)]
-        parts += [
-            (rows, *self._computed(rows, [opened[row] for row in rows]))
+        passes = [_Pass(rows, []) for rows in similar_lengths(whole, most_tokens)]
+        passes += [
+            _Pass(rows, [opened[row] for row in rows])
             for rows in similar_lengths({row: rests[row] for row in opened}, most_tokens)
         ]
         # These rests are short: a run reads every weight for them, which costs more than padding.
-        parts += [
-            (rows, *self._behind([begun[row] for row in rows], rows, visuals=False))
+        passes += [
+            _Pass(rows, [begun[row] for row in rows], visuals=False)
             for rows in similar_lengths({row: rests[row] for row in begun}, most_tokens, similar=0)
         ]
-        places = [rows for rows, *_ in parts]
+        sizes = [len(one.rows) * max(rests[row] for row in one.rows) for one in passes]
+        computed = self._computed(passes, sizes)
+        for one, (batch, _) in zip(passes, computed, strict=True):
+            if one.visuals:
+                self._keep_beginnings(one, batch)
+        places = [one.rows for one in passes]
         order = torch.tensor([row for rows in places for row in rows]).argsort()
-        logits = torch.cat([own for *_, own in parts])[order.to(self._decoder.model.device)]
-        return joined([part for _, part, _ in parts], places), logits
+        logits = torch.cat([own for _, own in computed])[order.to(self._decoder.model.device)]
+        return joined([batch for batch, _ in computed], places), logits
 
     def _begun(self) -> dict[int, Prefix]:
         """The prefixes of the rows that have one."""
@@ -167,31 +190,31 @@ class Prefill:
             self._kept.prefixes.put(own.key, prefix)
         return prefix
 
-    def _computed(self, rows: Sequence[int], openings: Sequence[Prefix]) -> tuple[Batch, Tensor]:
-        """Rows behind their openings, or whole where none is given; keeps what others may begin with."""
-        if openings:
-            batch, logits = self._behind(openings, rows, visuals=True)
-        else:
-            prompts = [self._prompts[row] for row in rows]
-            batch, logits = _extended(self._decoder, None, prompts, [0] * len(rows))
-        starts = [opening.length for opening in openings] or [0] * len(rows)
-        for place, row in enumerate(rows):
+    def _computed(self, passes: Sequence[_Pass], sizes: Sequence[int]) -> list[tuple[Batch, Tensor]]:
+        """The batch of each pass, and its rows' next logits; on a CPU those of similar size side by side."""
+        computed: dict[int, tuple[Batch, Tensor]] = {}
+        for alike in similar_lengths(dict(enumerate(sizes))):
+            own = [partial(self._run, passes[number]) for number in alike]
+            computed |= zip(alike, side_by_side(own, self._decoder.model.device), strict=True)
+        return [computed[number] for number in range(len(passes))]
+
+    def _run(self, one: _Pass) -> tuple[Batch, Tensor]:
+        prompts = [self._prompts[row] for row in one.rows]
+        batch = None
+        if one.beginnings:
+            pairs = zip(one.beginnings, prompts, strict=True)
+            batch = joined([prefix.batch(prompt.following) for prefix, prompt in pairs])
+        return _extended(self._decoder, batch, prompts, one.starts, visuals=one.visuals)
+
+    def _keep_beginnings(self, one: _Pass, batch: Batch) -> None:
+        """What others may begin with."""
+        for place, row in enumerate(one.rows):
             prefix, opening = self._prefixes[row], self._openings[row]
             tokens = len(self._prompts[row].token_ids)
-            first = partial(_stretches, batch.mask.shape[1], starts, place, tokens)
+            first = partial(_stretches, batch.mask.shape[1], one.starts, place, tokens)
             self._keep(prefix, batch, place, first(prefix.length))
-            if not openings and self._comes_again(opening):
+            if not one.beginnings and self._comes_again(opening):
                 self._keep(opening, batch, place, first(opening.length))
-        return batch, logits
-
-    def _behind(
-        self, prefixes: Sequence[Prefix], rows: Sequence[int], *, visuals: bool
-    ) -> tuple[Batch, Tensor]:
-        prompts = [self._prompts[row] for row in rows]
-        pairs = zip(prefixes, prompts, strict=True)
-        batch = joined([prefix.batch(prompt.following) for prefix, prompt in pairs])
-        starts = [prefix.length for prefix in prefixes]
-        return _extended(self._decoder, batch, prompts, starts, visuals=visuals)
 
 
 def _stretches(width: int, starts: Sequence[int], place: int, tokens: int, length: int) -> list[slice]:
@@ -254,9 +277,16 @@ def similar_lengths(
     """
     groups: list[list[int]] = []
     for row in sorted(lengths, key=lambda row: lengths[row]):
-        group, length = groups[-1] if groups else [], lengths[row]
-        if group and lengths[group[0]] >= similar * length and (len(group) + 1) * length <= most_tokens:
-            group.append(row)
+        if groups and lengths[groups[-1][0]] >= similar * lengths[row]:
+            groups[-1].append(row)
         else:
             groups.append([row])
-    return [sorted(group) for group in groups]
+    return [sorted(part) for group in groups for part in _evenly(group, lengths, most_tokens)]
+
+
+def _evenly(group: Sequence[int], lengths: Mapping[int, int], most_tokens: float) -> Iterator[Sequence[int]]:
+    """Parts of a group that is in order of length, with about as many rows each: lanes end together."""
+    at_once = max(1, int(min(len(group), most_tokens / lengths[group[-1]])))
+    parts = math.ceil(len(group) / at_once)
+    for number in range(parts):
+        yield group[number * len(group) // parts : (number + 1) * len(group) // parts]

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from prismprune.attention import BlockReading, read_block
 from prismprune.errors import UnknownModelError
 from prismprune.families.base import UNSEEN, Box, Family, Modality, Pixels, Processed, Reading, View, Visual
+from prismprune.lanes import side_by_side
 from prismprune.last_block import can_stop_within, read_wanted
 from prismprune.media import Clip
 
@@ -192,11 +193,14 @@ class LlavaFamily(Family):
         values = torch.split(pixels.values, at_once)
         # Of several views at once the patches that somebody looks at are not equally many.
         if wanted is not None and at_once == 1 and can_stop_within(tower, self._last_block(tower)[0]):
-            readings = [
-                self._read_wanted(tower, each, partial(wanted, row)) for row, each in enumerate(values)
+            passes = [
+                partial(self._read_wanted, tower, each, partial(wanted, row))
+                for row, each in enumerate(values)
             ]
         else:
-            readings = [self._reading(tower, each) for each in values]
+            passes = [partial(self._reading, tower, each) for each in values]
+        recorded = self.tower_replay is not None  # into the same memory each time
+        readings = [each() for each in passes] if recorded else side_by_side(passes, pixels.values.device)
         hidden = torch.cat([reading.hidden for reading in readings])
         return Reading(
             tokens=hidden[:, 1 - prefix :],

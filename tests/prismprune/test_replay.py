@@ -6,6 +6,7 @@ What CUDA would replay is called instead, once more for its recording, as it wou
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -287,6 +288,7 @@ def test_a_tower_that_is_replayed_reads_what_it_would(
     vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Other pictures of one shape, and several at once; what was read before stays as it was."""
+    close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-4)
     replay = TowerReplay(called)
     own = [vlm._family.preprocess(vlm._family.views(media)) for media in pictures(vlm)]
     with torch.inference_mode():
@@ -296,9 +298,10 @@ def test_a_tower_that_is_replayed_reads_what_it_would(
             read = [[vlm._family.read(pixels) for pixels in groups] for groups in own]
             for groups, expected in zip(read, plain, strict=True):
                 for reading, other in zip(groups, expected, strict=True):
-                    torch.testing.assert_close(reading.tokens, other.tokens)
-                    torch.testing.assert_close(reading.attention(), other.attention())
-                    torch.testing.assert_close(reading.keys(), other.keys())
+                    # Views that are read side by side have other threads each, and so other rounding.
+                    close(reading.tokens, other.tokens)
+                    close(reading.attention(), other.attention())
+                    close(reading.keys(), other.keys())
     assert (len(replay.recordings) > 0) is (vlm.family != "qwen2_5_vl")  # whose kernels depend on the grid
 
 
