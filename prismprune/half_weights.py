@@ -59,12 +59,19 @@ class HalfWeight:
         dtype = values.dtype
         if dtype is not torch.float32:
             values = values.float()
-        product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(values, self.packed)
+        product = self._multiplied(values)
         if bias is not None:
             product = torch.add(bias, product, alpha=self.scale)
         elif self.scale != 1:
             product = product.mul_(self.scale)
         return product if dtype is torch.float32 else product.to(dtype)
+
+    def _multiplied(self, values: Tensor) -> Tensor:
+        # Else torch asks the packed weight for its `__torch_function__`, and each answer is an exception of
+        # C++: longer than a small product takes, and a tenth of a decoding step.
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 (so torch's notes on extending it have it)
+            product: Tensor = torch.ops.quantized.linear_dynamic_fp16.default(values, self.packed)
+        return product
 
 
 def _fits(values: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -101,3 +102,24 @@ def test_values_and_sums_of_bfloat16() -> None:
     assert product.dtype is torch.bfloat16
     wanted = exact(values, weight, bias.double())
     torch.testing.assert_close(product.double(), wanted, rtol=2**-8, atol=1e-6)
+
+
+class Heard(torch.Tensor):
+    """Numbers that note what torch would hand them to."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        cls.seen.append(func)
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_torch_asks_no_argument_of_the_product_whether_it_would_rather_compute_it() -> None:
+    """The packed weight's answer is an exception of C++, which takes longer than a small product."""
+    values = torch.randn(2, 8).as_subclass(Heard)
+    held(torch.ones(3, 8)).product(values, None)
+    assert Heard.seen
+    assert torch.ops.quantized.linear_dynamic_fp16.default not in Heard.seen
