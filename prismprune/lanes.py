@@ -7,6 +7,7 @@ nobody (`benchmarks/lanes.py`).
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import cache
@@ -24,11 +25,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def side_by_side(passes: Sequence[Pass[T]], device: torch.device) -> list[T]:
+def side_by_side(passes: Sequence[Pass[T]], device: torch.device, at_once: float = math.inf) -> list[T]:
     """What each of them returns, in their order; they should take about equally long.
 
-    On a CPU as many run at a time as divide torch's threads (`torch.get_num_threads`) evenly, and what is
-    left over has more threads each: of three passes on two threads two run side by side, the last on both.
+    On a CPU as many run at a time, and at most `at_once`, as divide torch's threads (`torch.get_num_threads`)
+    evenly, and what is left over has more threads each: of three passes on two threads two run side by side,
+    the last on both.
     Each sees the context variables of the caller. Elsewhere, and where torch keeps for the calling thread
     alone what the passes have to know (gradients, autocast, dispatch modes such as `FlopCounterMode`), they
     run one after the other.
@@ -38,7 +40,7 @@ def side_by_side(passes: Sequence[Pass[T]], device: torch.device) -> list[T]:
     threads, done = torch.get_num_threads(), list[T]()
     alone = device.type != "cpu" or _bound_to_thread()
     while left := passes[len(done) :]:
-        lanes = 1 if alone else lanes_of(len(left), threads)
+        lanes = 1 if alone else lanes_of(int(min(len(left), at_once)), threads)
         if lanes == 1:
             done.append(left[0]())
         else:

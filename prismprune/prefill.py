@@ -32,6 +32,8 @@ SIMILAR = 0.75
 CPU_PREFILL_TOKENS = 640
 """Of several prompts together, on a CPU: so many fill it, and what more of them compute leaves its caches.
 Eight prompts of 585 tokens took a tenth longer together than one by one."""
+TOKENS_AT_ONCE = 4 * CPU_PREFILL_TOKENS
+"""Of passes that run side by side: each has activations of its own, and long ones keep all threads busy."""
 LEAST_OPENING = 16
 """Tokens. What a chat template writes by itself is mostly shorter, and not worth a pass of its own size."""
 LEAST_SHARE = 0.1
@@ -195,7 +197,8 @@ class Prefill:
         computed: dict[int, tuple[Batch, Tensor]] = {}
         for alike in similar_lengths(dict(enumerate(sizes))):
             own = [partial(self._run, passes[number]) for number in alike]
-            computed |= zip(alike, side_by_side(own, self._decoder.model.device), strict=True)
+            at_once = max(1, TOKENS_AT_ONCE // max(sizes[number] for number in alike))
+            computed |= zip(alike, side_by_side(own, self._decoder.model.device, at_once), strict=True)
         return [computed[number] for number in range(len(passes))]
 
     def _run(self, one: _Pass) -> tuple[Batch, Tensor]:

@@ -114,7 +114,8 @@ class Heard(torch.Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         cls.seen.append(func)
-        return super().__torch_function__(func, types, args, kwargs)
+        parent: Any = super()
+        return parent.__torch_function__(func, types, args, kwargs)
 
 
 def test_torch_asks_no_argument_of_the_product_whether_it_would_rather_compute_it() -> None:

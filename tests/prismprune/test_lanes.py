@@ -75,6 +75,15 @@ def test_passes_run_at_the_same_time_on_a_share_of_the_threads_each(threads: int
 
 
 @torch.inference_mode()
+def test_no_more_passes_run_at_once_than_may(threads: int) -> None:
+    """They have the more threads for it."""
+    for most in range(1, threads + 1):
+        lanes = lanes_of(most, threads)
+        found = side_by_side([torch.get_num_threads] * (2 * lanes), CPU, most)
+        assert found == [threads // lanes] * (2 * lanes)
+
+
+@torch.inference_mode()
 def test_threads_of_a_lane_are_those_that_it_is_given(threads: int) -> None:
     """A thread that has run lanes before, of another width, is no exception."""
     for lanes in (threads, 2, threads):
@@ -172,6 +181,17 @@ def test_media_encoded_side_by_side_are_those_of_each_alone(
             assert own.encoded.token_map == its.token_map
             for mine, theirs in zip(own.encoded.visuals, its.visuals, strict=True):
                 torch.testing.assert_close(mine.features, theirs.features, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("threads")
+def test_long_prompts_have_all_threads(packed: PrunedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that their activations are not there several times."""
+    monkeypatch.setattr(prefill, "CPU_PREFILL_TOKENS", 1)
+    monkeypatch.setattr(prefill, "TOKENS_AT_ONCE", 1)
+    requests = [Asked(packed.encode(picture(noise), "all"), ("What?",)) for noise in range(4)]
+    with threads_of(packed.model.model.language_model) as seen:
+        packed.session().admit(requests)
+    assert seen == {get_ident()}
 
 
 @pytest.mark.usefixtures("threads")
