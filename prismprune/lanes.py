@@ -30,10 +30,9 @@ def side_by_side(passes: Sequence[Pass[T]], device: torch.device, at_once: float
 
     On a CPU as many run at a time, and at most `at_once`, as divide torch's threads (`torch.get_num_threads`)
     evenly, and what is left over has more threads each: of three passes on two threads two run side by side,
-    the last on both.
-    Each sees the context variables of the caller. Elsewhere, and where torch keeps for the calling thread
-    alone what the passes have to know (gradients, autocast, dispatch modes such as `FlopCounterMode`), they
-    run one after the other.
+    the last on both. Each sees the context variables of the caller. Elsewhere, and where torch keeps for the
+    calling thread alone what the passes have to know (gradients, autocast, dispatch modes such as
+    `FlopCounterMode`), they run one after the other.
 
     Raises what the first of them raised that did, once none is running.
     """
