@@ -44,7 +44,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 def test_lanes_share_the_threads_evenly(passes: int, threads: int) -> None:
     """No lane is without a pass or with fewer threads than another."""
     lanes = lanes_of(passes, threads)
-    assert 1 <= lanes <= passes
+    assert lanes in range(1, passes + 1)
     assert threads % lanes == 0
     assert all(threads % more for more in range(lanes + 1, min(passes, threads) + 1))
 
