@@ -72,11 +72,12 @@ def questions(count: int, seed: int) -> list[list[dict[str, Any]]]:
 
 def _content(rng: random.Random) -> list[dict[str, Any]]:
     scene = draw_scene(rng)
-    (question,) = scene_questions(rng, scene, 1, TRAINED)
+    while not (asked := scene_questions(rng, scene, 1, TRAINED)):  # of one in 1,500 there is none to ask
+        scene = draw_scene(rng)
     buffer = io.BytesIO()
     scene.image.save(buffer, "JPEG")
     uri = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-    return [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": question.text}]
+    return [{"type": "image_url", "image_url": {"url": uri}}, {"type": "text", "text": asked[0].text}]
 
 
 async def closed_loop(
@@ -90,7 +91,7 @@ async def closed_loop(
         while waiting:
             answers.append(await ask(http, contender, waiting.pop(), tokens))
 
-    async with _http(contender) as http:
+    async with connections(contender) as http:
         with contender.server.watched() as usage:
             began = time.perf_counter()
             await asyncio.gather(*(client(http) for _ in range(clients)))
@@ -109,7 +110,7 @@ async def open_loop(
         return await ask(http, contender, content, tokens)
 
     starts = list(accumulate((rng.expovariate(per_s) for _ in contents[1:]), initial=0.0))
-    async with _http(contender) as http:
+    async with connections(contender) as http:
         with contender.server.watched() as usage:
             began = time.perf_counter()
             sent = [client(http, content, start) for content, start in zip(contents, starts, strict=True)]
@@ -118,7 +119,8 @@ async def open_loop(
     return Round(tuple(answers), wall_s, usage)
 
 
-def _http(contender: Contender) -> httpx.AsyncClient:
+def connections(contender: Contender) -> httpx.AsyncClient:
+    """For as many connections to its server as there are requests."""
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(base_url=contender.server.url, timeout=TIMEOUT_S, limits=limits)
 
