@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import pad
 
 from prismprune.batches import Batch, Prefix, joined, roomy_cache
-from prismprune.lanes import side_by_side
+from prismprune.lanes import lanes_of, side_by_side
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -128,15 +128,16 @@ class Prefill:
         rests = {row: len(prompt.token_ids) - starts.get(row, 0) for row, prompt in enumerate(self._prompts)}
         most_tokens = CPU_PREFILL_TOKENS if self._decoder.model.device.type == "cpu" else math.inf
         whole = {row: rest for row, rest in rests.items() if row not in starts}
-        passes = [_Pass(rows, []) for rows in similar_lengths(whole, most_tokens)]
+        together = partial(similar_lengths, most_tokens=most_tokens, threads=torch.get_num_threads())
+        passes = [_Pass(rows, []) for rows in together(whole)]
         passes += [
             _Pass(rows, [opened[row] for row in rows])
-            for rows in similar_lengths({row: rests[row] for row in opened}, most_tokens)
+            for rows in together({row: rests[row] for row in opened})
         ]
         # These rests are short: a run reads every weight for them, which costs more than padding.
         passes += [
             _Pass(rows, [begun[row] for row in rows], visuals=False)
-            for rows in similar_lengths({row: rests[row] for row in begun}, most_tokens, similar=0)
+            for rows in together({row: rests[row] for row in begun}, similar=0)
         ]
         sizes = [len(one.rows) * max(rests[row] for row in one.rows) for one in passes]
         computed = self._computed(passes, sizes)
@@ -272,11 +273,13 @@ def _extended(
 
 
 def similar_lengths(
-    lengths: Mapping[int, int], most_tokens: float = math.inf, similar: float = SIMILAR
+    lengths: Mapping[int, int], most_tokens: float = math.inf, similar: float = SIMILAR, threads: int = 1
 ) -> list[list[int]]:
     """Groups of rows (row: length), in order, whose shortest has at least `similar` of its longest.
 
-    Only a row by itself has more than `most_tokens`; those of a group count as long as its longest.
+    Only a row by itself has more than `most_tokens`; those of a group count as long as its longest. Where
+    that makes several of similar rows, lanes that share so many `threads` have as many of them each, and rows
+    that are left over are groups of their own.
     """
     groups: list[list[int]] = []
     for row in sorted(lengths, key=lambda row: lengths[row]):
@@ -284,12 +287,19 @@ def similar_lengths(
             groups[-1].append(row)
         else:
             groups.append([row])
-    return [sorted(part) for group in groups for part in _evenly(group, lengths, most_tokens)]
+    return [
+        sorted(part)
+        for group in groups
+        for part in _parts(group, max(1, int(min(len(group), most_tokens / lengths[group[-1]]))), threads)
+    ]
 
 
-def _evenly(group: Sequence[int], lengths: Mapping[int, int], most_tokens: float) -> Iterator[Sequence[int]]:
-    """Parts of a group that is in order of length, with about as many rows each: lanes end together."""
-    at_once = max(1, int(min(len(group), most_tokens / lengths[group[-1]])))
-    parts = math.ceil(len(group) / at_once)
+def _parts(group: Sequence[int], at_once: int, threads: int) -> Iterator[Sequence[int]]:
+    """Of at most so many rows `at_once`: as many for each lane, which end together, and what is left over."""
+    lanes = lanes_of(math.ceil(len(group) / at_once), threads)
+    of_lane = len(group) // lanes
+    rows, parts = of_lane * lanes, lanes * math.ceil(of_lane / at_once)
     for number in range(parts):
-        yield group[number * len(group) // parts : (number + 1) * len(group) // parts]
+        yield group[number * rows // parts : (number + 1) * rows // parts]
+    if rest := group[rows:]:
+        yield from _parts(rest, at_once, threads)

@@ -19,6 +19,7 @@ from transformers import (
 from prismprune.decoding import Decoder
 from prismprune.errors import InvalidOptionError
 from prismprune.generation import Generated, GenerationOptions, Prompt, TextStream
+from prismprune.lanes import lanes_of
 from prismprune.prefill import similar_lengths
 from tests.prismprune.tiny import tiny_tokenizer
 
@@ -282,13 +283,33 @@ def test_rows_of_a_group_are_of_similar_length(lengths: list[int]) -> None:
         assert min(own) >= 0.75 * max(own)
 
 
-@given(st.lists(st.integers(1, 3000), min_size=1, max_size=20), st.integers(1, 6000))
-def test_a_group_has_its_most_tokens_with_the_padding(lengths: list[int], most: int) -> None:
+@given(st.lists(st.integers(1, 3000), min_size=1, max_size=20), st.integers(1, 6000), st.integers(1, 8))
+def test_a_group_has_its_most_tokens_with_the_padding(lengths: list[int], most: int, threads: int) -> None:
     """Only a row that is longer by itself exceeds it; every row is in one group."""
-    groups = similar_lengths(dict(enumerate(lengths)), most)
+    groups = similar_lengths(dict(enumerate(lengths)), most, threads=threads)
     assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
     for group in groups:
         assert len(group) == 1 or len(group) * max(lengths[row] for row in group) <= most
+
+
+@given(st.integers(1, 40), st.integers(1, 10), st.integers(1, 8))
+def test_lanes_have_as_many_rows_of_one_length_each(rows: int, most: int, threads: int) -> None:
+    """But for what is left over, which is less than a row for each of them."""
+    sizes = [len(group) for group in similar_lengths(dict.fromkeys(range(rows), 100), 100 * most, 0, threads)]
+    lanes = lanes_of(-(-rows // most), threads)
+    for_lanes = rows - rows % lanes
+    ends = list(itertools.accumulate(sizes))
+    parts = sizes[: ends.index(for_lanes) + 1]
+    assert len(parts) % lanes == 0
+    assert max(parts) - min(parts) <= 1
+    assert max(sizes) <= most
+
+
+@pytest.mark.parametrize(("rows", "sizes"), [(5, [5]), (6, [3, 3]), (7, [3, 3, 1]), (9, [4, 4, 1])])
+def test_a_row_too_many_for_two_lanes_is_by_itself(rows: int, sizes: list[int]) -> None:
+    """Seven on two threads are three for each lane and one for both, not four beside three."""
+    groups = similar_lengths(dict.fromkeys(range(rows), 110), 640, threads=2)
+    assert [len(group) for group in groups] == sizes
 
 
 @pytest.mark.parametrize(
