@@ -13,7 +13,6 @@ one runs where they cannot, on the geometry of real models.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,8 @@ from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, Visua
 from prismprune.heap import keep_freed_memory
 from prismprune.loading import torch_dtype
 from prismprune.quantization import DTYPES, KINDS
-from worker.engine import Engine, Limits
+from worker.engine import Engine
+from worker.line import Limits
 
 if TYPE_CHECKING:
     import argparse
@@ -107,9 +107,8 @@ class Pruned:
         shown, lock, failures = pictures(number), threading.Lock(), list[BaseException]()
         engine: Any = Engine(
             lambda: self.vlm,
-            limits=Limits(max_batch=self.clients, max_tokens=10**7, max_wait_s=0.005),
+            limits=Limits(max_batch=self.clients, max_tokens=10**7, max_wait_s=0.2),
             overlap=lambda vlm: bool(vlm.device.type == "cuda"),
-            expected=lambda: math.inf if self.clients > 1 else 1,
             on_batch=lambda _: None,
             on_death=failures.append,
         )
@@ -118,12 +117,14 @@ class Pruned:
         def client(_: int) -> list[float]:
             seconds = []
             for _ in range(self.waves):
-                with lock:
-                    media = (Picture(next(shown)),)
-                began = time.perf_counter()
-                options = GenerationOptions(max_new_tokens=self.tokens)
-                request = VisualRequest(media, (QUESTION,), self.budget, generation=options)
-                (answer,) = engine.submit(request, deadline).answered().answers
+                with engine.coming():
+                    with lock:
+                        media = (Picture(next(shown)),)
+                    began = time.perf_counter()
+                    options = GenerationOptions(max_new_tokens=self.tokens)
+                    request = VisualRequest(media, (QUESTION,), self.budget, generation=options)
+                    ticket = engine.submit(request, deadline)
+                (answer,) = ticket.answered().answers
                 if len(answer.token_ids) != self.tokens:
                     raise RuntimeError("an answer has another length")
                 seconds.append(time.perf_counter() - began)

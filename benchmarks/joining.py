@@ -33,7 +33,8 @@ from benchmarks._measure import (
 )
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.loading import DEMO, load_checkpoint
-from worker.engine import Engine, Limits
+from worker.engine import Engine
+from worker.line import Limits
 
 if TYPE_CHECKING:
     import argparse

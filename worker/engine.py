@@ -8,26 +8,27 @@ for their futures.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
 from worker.errors import DeadlineExceededError, OutOfMemoryError
+from worker.line import Line
 from worker.stops import Stop, StopReason, result_within
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
 
     from prismprune.caching import EncodingCache
     from prismprune.encoding import EncodedMedia
     from prismprune.results import Answer
     from prismprune.session import VisualRequest
+    from worker.line import Limits
     from worker.stops import Errand
 
 log = logging.getLogger(__name__)
@@ -154,19 +155,6 @@ class Ticket:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """How much the engine takes on at once.
-
-    max_batch: requests. max_tokens: of text and images, with room for the answers; once those at work may
-    fill it, no other joins. max_wait_s: how long the first of an idle engine waits for expected neighbors.
-    """
-
-    max_batch: int
-    max_tokens: int
-    max_wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
 class _Work:
     """A ticket whose request is in the session since `began` (monotonic), one of `joined` that came then."""
 
@@ -200,8 +188,7 @@ class Engine(Generic[M]):
     thread of their own, and on CUDA in a stream of their own; elsewhere nobody gets a token meanwhile.
 
     `load` returns the warm model and runs in the engine's thread. `cache` holds encodings for requests that
-    name their media. `expected` says how many requests are on their way here or at work: an idle engine
-    waits for neighbors only while there are some. `on_batch` hears how many requests are at work whenever
+    name their media. `on_batch` hears how many requests are at work whenever
     some have joined. `on_death` is called in the engine's thread when it ends by an error: whoever waits for
     a ticket would wait for ever.
     """
@@ -213,7 +200,6 @@ class Engine(Generic[M]):
         limits: Limits,
         cache: EncodingCache | None = None,
         overlap: Callable[[M], bool] = lambda _: False,
-        expected: Callable[[], float] = lambda: math.inf,
         on_batch: Callable[[int], None],
         on_death: Callable[[BaseException], None],
     ) -> None:
@@ -223,15 +209,13 @@ class Engine(Generic[M]):
         self._overlaps = overlap
         self._overlap = False
         self._beside: torch.cuda.Stream | None = None
-        self._expected = expected
         self._on_batch = on_batch
         self._on_death = on_death
-        self._tickets: SimpleQueue[Ticket | None] = SimpleQueue()
+        self._line = Line[Ticket](limits)
         self._model: Future[M] = Future()
         self._progress_at: float | None = None
         self._working: list[_Work] = []
         self._ahead: _Ahead | None = None
-        self._stopping = False
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -239,7 +223,7 @@ class Engine(Generic[M]):
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._tickets.put(None)
+        self._line.close()
         if self._model.done():  # a model that is still loading cannot be interrupted, only left behind
             self._thread.join()
 
@@ -269,6 +253,10 @@ class Engine(Generic[M]):
             return None
         return self._cache.get(request.encoding_key)
 
+    def coming(self) -> AbstractContextManager[None]:
+        """A request is on the way here, until the end of the block: it is worth waiting for."""
+        return self._line.coming()
+
     def submit(
         self,
         request: VisualRequest,
@@ -278,7 +266,7 @@ class Engine(Generic[M]):
     ) -> Ticket:
         """Queues `request`; its answers, or its error, arrive in the ticket's future."""
         ticket = Ticket(request, deadline, stop or Stop(), listener)
-        self._tickets.put(ticket)
+        self._line.join(ticket)
         return ticket
 
     def _main(self) -> None:
@@ -290,7 +278,7 @@ class Engine(Generic[M]):
         try:
             self._session = self._new_session()
             self._overlap, self._beside = self._overlaps(model := self._model.result()), _stream(model)
-            while self._working or self._ahead or not self._stopping:
+            while self._working or self._ahead or not self._line.closed:
                 self._go_on()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: without this thread nothing is answered
             self._on_death(error)
@@ -331,28 +319,8 @@ class Engine(Generic[M]):
 
     def _gather(self) -> list[Ticket]:
         """Those whose turn it is; waits for the first where nothing is at work."""
-        batch: list[Ticket] = []
-        close_at = math.inf
-        while not self._stopping and self._has_room(len(batch)):
-            try:
-                ticket = self._next(len(batch), close_at)
-            except Empty:
-                break
-            if ticket is None:
-                self._stopping = True
-                break
-            batch.append(ticket)
-            close_at = min(close_at, time.monotonic() + self._limits.max_wait_s)
-        return [ticket for ticket in batch if not ticket.over and ticket.begin()]
-
-    def _next(self, arrived: int, close_at: float) -> Ticket | None:
-        """The next in line after `arrived` others; raises `Empty` where it is not worth waiting for."""
-        if not self._working and not arrived:
-            return self._tickets.get()
-        left_s = close_at - time.monotonic()
-        if self._working or left_s <= 0 or arrived >= self._expected():
-            return self._tickets.get_nowait()
-        return self._tickets.get(timeout=left_s)
+        taken = self._line.take(len(self._working), self._has_room)
+        return [ticket for ticket in taken if not ticket.over and ticket.begin()]
 
     def _has_room(self, arrived: int) -> bool:
         if len(self._working) + arrived >= self._limits.max_batch:
@@ -438,6 +406,7 @@ class Engine(Generic[M]):
             if work.request.done:
                 answers = self._session.answers(work.request)
                 answered = Answered(answers, work.request.shared_with, work.began, work.joined)
+                self._line.answered(work.began)  # before its caller can know
                 work.ticket.future.set_result(answered)
         self._working = [work for work in self._working if not work.request.done]
 

@@ -32,11 +32,12 @@ from prismprune.heap import keep_freed_memory
 from worker.app import create_app, send_again
 from worker.cancellations import Cancellations
 from worker.contract import WorkerStatus, queue_name
-from worker.engine import Engine, Limits
+from worker.engine import Engine
 from worker.errors import without_content
 from worker.heartbeat import Heartbeat
 from worker.jobs import Jobs, connect
 from worker.limits import memory_limit_bytes
+from worker.line import Limits
 from worker.metrics import WorkerMetrics
 from worker.probes import Probes
 from worker.pulse import Pulse
@@ -104,7 +105,6 @@ class WorkerProcess:
             limits=Limits(settings.max_batch, settings.max_batch_tokens, settings.max_wait_ms / 1e3),
             cache=EncodingCache(settings.media_cache_bytes, settings.prefix_cache_bytes),
             overlap=self._overlaps,
-            expected=lambda: self._jobs.running,
             on_batch=self._metrics.batch,
             on_death=_die,
         )

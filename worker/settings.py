@@ -56,9 +56,10 @@ class WorkerSettings(BaseSettings):
     max_batch_tokens: Annotated[int, Field(ge=1)] = 32_768
     """Text and visual tokens, with room for the longest answers: once those at work may come to take so many,
     no other joins. A token of LLaVA-1.5-7B takes 0.5 MiB at 16 bits; `prismprune plan` prints a request's."""
-    max_wait_ms: Annotated[float, Field(ge=0)] = 5
-    """How long an idle engine's first job waits for those that this worker is decoding; a job by itself does
-    not wait, and who comes later joins between two tokens."""
+    max_wait_ms: Annotated[float, Field(ge=0)] = 200
+    """How long an idle engine's first job waits, at most, to share a batch with others: a twentieth of what
+    the last answer took, and only for jobs that this worker is decoding and for the next ones of callers
+    that had an answer just before; 0: not at all."""
     media_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20
     """Device memory for visual tokens kept for further questions about the same media; 0: none are kept."""
     prefix_cache_bytes: Annotated[int, Field(ge=0)] = 256 * 2**20

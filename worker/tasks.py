@@ -32,7 +32,7 @@ from worker.story import Story
 
 if TYPE_CHECKING:
     from prismprune.vlm import VisualRequest
-    from worker.engine import Answered, Engine
+    from worker.engine import Answered, Engine, Ticket
     from worker.jobs import Jobs
     from worker.metrics import WorkerMetrics
     from worker.store import MediaStore
@@ -136,8 +136,11 @@ class JobRunner:
             raise DeadlineExceededError("The deadline passed while the job waited for a worker.")
         queued_s = max(0.0, claimed_s - job.created_at)  # another machine's clock
         deadline = claim.at + job.deadline_at - claimed_s
-        request = self._with_media(visual_request(job, self._default_budget), job, claim, deadline)
-        answered = self._through_engine(job, claim, request, deadline)
+        story = Story(partial(self._jobs.tell, claim), claim.attempt) if job.stream else None
+        with self._engine.coming():
+            request = self._with_media(visual_request(job, self._default_budget), job, claim, deadline)
+            ticket = self._engine.submit(request, deadline, claim.stop, story)
+        answered = self._answered(ticket, claim, story)
         result = answer_result(job, answered, queued_s=queued_s, claimed_at=claim.at)
         return Outcome(JobState.SUCCEEDED, result, joined=answered.joined)
 
@@ -154,11 +157,7 @@ class JobRunner:
                 self._jobs.describe(ref.id, *clip.size, clip.total_frames)
         return replace(request, media=media)
 
-    def _through_engine(
-        self, job: AnswerJob, claim: Claim, request: VisualRequest, deadline: float
-    ) -> Answered:
-        story = Story(partial(self._jobs.tell, claim), claim.attempt) if job.stream else None
-        ticket = self._engine.submit(request, deadline, claim.stop, story)
+    def _answered(self, ticket: Ticket, claim: Claim, story: Story | None) -> Answered:
         try:
             return ticket.answered(story)
         except StoppedError:

@@ -13,7 +13,8 @@ from prismprune import GenerationOptions, Selection, TokenBudget, VisualRequest
 from prismprune.encoding import EncodingRequest, encode
 from prismprune.meters import Stopwatch
 from tests.prismprune.families import CASES, CHECKPOINTS, MEDIA, Transformers, still
-from worker.engine import Engine, Limits
+from worker.engine import Engine
+from worker.line import Limits
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -23,8 +23,9 @@ from prismprune.errors import UnsupportedMediaError
 from prismprune.results import Answer, Memory, PartMap, Timings, VisualTokens
 from tests.replies import field, state
 from worker.contract import AnswerJob, AnswerResult, JobState, MediaRef, Problem, job_key, media_path
-from worker.engine import Engine, Limits
+from worker.engine import Engine
 from worker.jobs import Claim, Jobs, connect
+from worker.line import Limits
 from worker.metrics import WorkerMetrics
 from worker.store import MediaStore
 from worker.tasks import JobRunner

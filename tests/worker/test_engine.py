@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from prismprune.caching import EncodingCache
 from prismprune.errors import UnknownModelError, UnsupportedMediaError
 from tests.worker.conftest import Scripted
-from worker.engine import Engine, Limits, _out_of_memory
+from worker.engine import Engine, _out_of_memory
 from worker.errors import DeadlineExceededError, OutOfMemoryError, StoppedError
+from worker.line import Limits
 
 if TYPE_CHECKING:
     from prismprune.encoding import EncodedMedia
@@ -103,25 +104,42 @@ def test_neighbors_are_counted() -> None:
         assert [ticket.answered().joined for ticket in tickets] == [3, 3, 3]
 
 
-def test_a_request_waits_for_neighbors() -> None:
-    """With time to wait, a batch that is full goes at once and holds both."""
-    model = Scripted()
-    with engine(model, max_batch=2, max_wait_s=30) as running:
-        tickets = [ask(running, "first"), ask(running, "second")]
-        assert [ticket.answered().shared_with for ticket in tickets] == [1, 1]
-
-
-def test_a_request_by_itself_waits_for_nobody() -> None:
-    """As long as no other is on its way there is nothing to wait for, and with one there is."""
-    model, on_the_way = Scripted(), 1
-    with engine(model, max_wait_s=30, expected=lambda: on_the_way) as running:
-        assert ask(running, "alone").answered().shared_with == 0
-        on_the_way = 2
-        first = ask(running, "first")
-        with pytest.raises(FutureTimeoutError):
-            first.future.result(timeout=0.05)
-        second = ask(running, "second")
+@pytest.mark.usefixtures("patient")
+def test_a_request_waits_for_one_that_is_coming() -> None:
+    """They share a batch."""
+    with engine(Scripted(), max_wait_s=30) as running:
+        with running.coming():
+            first = ask(running, "first")
+            assert still_waits(first)
+            second = ask(running, "second")
         assert [ticket.answered().joined for ticket in (first, second)] == [2, 2]
+
+
+@pytest.mark.usefixtures("patient")
+def test_callers_that_had_their_answers_together_share_the_next_batch() -> None:
+    """Whoever is first waits for the other; a caller by itself waits for nobody."""
+    with engine(Scripted(), max_wait_s=30) as running:
+        assert [ask(running, "alone").answered().joined for _ in range(3)] == [1, 1, 1]
+        with running.coming():
+            together = [ask(running, "first"), ask(running, "second")]
+        assert [ticket.answered().joined for ticket in together] == [2, 2]
+        first = ask(running, "again")
+        assert still_waits(first)
+        second = ask(running, "again")
+        assert [ticket.answered().joined for ticket in (first, second)] == [2, 2]
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However short answers take, others are waited for as long as may be."""
+    monkeypatch.setattr("worker.line.SHARE", 1e9)
+
+
+def still_waits(ticket: Ticket) -> bool:
+    """It is not answered within a moment."""
+    with pytest.raises(FutureTimeoutError):
+        ticket.future.result(timeout=0.05)
+    return True
 
 
 def test_only_the_culprit_fails() -> None:

@@ -196,7 +196,7 @@ def test_a_worker_that_leaves_gives_back_what_the_engine_has_not_begun(
     waiting = make_job("waiting")
     thread = threading.Thread(target=lambda: _given_back(worker, waiting))
     thread.start()
-    while worker.engine._tickets.qsize() < 1:
+    while len(worker.engine._line) < 1:
         time.sleep(0.001)
     worker.jobs.stop(waiting.id, StopReason.DRAINING)
     thread.join(10)
@@ -372,7 +372,7 @@ def test_a_culprit_fails_alone(worker: Worker, make_job: MakeJob) -> None:
     assert worker.model.entered.wait(10)
     jobs += [make_job("raise"), make_job("good")]
     threads += [worker.deliver(job) for job in jobs[1:]]
-    while worker.engine._tickets.qsize() < 2:
+    while len(worker.engine._line) < 2:
         time.sleep(0.001)
     worker.model.gate.set()
     for thread in threads:

@@ -22,6 +22,7 @@ class PrismPrune:
     dtype: str = "float32"
     device: str = "cpu"
     max_batch: int = 8
+    settings: Mapping[str, str] = field(default_factory=dict)
     name: str = "prismprune"
     own: Mapping[str, Any] = field(default_factory=dict)
     streams: bool = True
@@ -38,5 +39,6 @@ class PrismPrune:
             "PRISM_MEDIA_CACHE_BYTES": "0",
             "PRISM_PREFIX_CACHE_BYTES": "0",
             "PRISM_TIMEOUT_S": "600",  # as long as the client waits
+            **self.settings,
         }
         return Launch((sys.executable, "-m", "service.serve"), environment, "/healthz")
