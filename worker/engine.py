@@ -188,9 +188,8 @@ class Engine(Generic[M]):
     thread of their own, and on CUDA in a stream of their own; elsewhere nobody gets a token meanwhile.
 
     `load` returns the warm model and runs in the engine's thread. `cache` holds encodings for requests that
-    name their media. `on_batch` hears how many requests are at work whenever
-    some have joined. `on_death` is called in the engine's thread when it ends by an error: whoever waits for
-    a ticket would wait for ever.
+    name their media. `on_batch` hears how many requests are at work whenever some have joined. `on_death` is
+    called in the engine's thread when it ends by an error: whoever waits for a ticket would wait for ever.
     """
 
     def __init__(
