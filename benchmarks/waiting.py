@@ -1,9 +1,10 @@
 """What it wins when jobs wait a moment to share a batch with others (`PRISM_MAX_WAIT_MS`), in one run.
 
     python -m benchmarks.waiting --threads 2 --json waiting.json --plot waiting.png
-    python -m benchmarks.waiting --model DIRECTORY --clients 8,32 --tokens 4,48 --requests 64
+    python -m benchmarks.waiting --clients 8,32 --tokens 4,48
 
-Two services, started as `make serve` does but for that setting, get the same new pictures from so many
+Two services, started as `make serve` does but for that setting, serve the small checkpoint of
+`benchmarks.serving`, whose answers end where they are told to, and get the same new pictures from so many
 closed-loop clients, in turns. Answers are of `--tokens` tokens, or, where two numbers are given, of as many
 as a seed draws from between them: then callers come back at all times.
 """
@@ -13,51 +14,47 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from benchmarks._measure import Spread, draw_lines, in_turns, markdown, options, plotted, publish, ratios
-from benchmarks.serving.asking import Contender, Told, ask, connections, questions
+from benchmarks.serving.asking import Contender, closed_loop, questions
+from benchmarks.serving.checkpoint import FOLDER, checkpoint
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.servers import Keeper
-from prismprune.loading import DEMO
+from prismprune.settings import LibrarySettings
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+    from benchmarks.serving.asking import Round
 
 DEFAULT_MS = WorkerSettings.model_fields["max_wait_ms"].default
 
-MEASURES = ("per_s", "first_s", "total_s")
-
-
-@dataclass(frozen=True)
-class Round:
-    """What the clients of one round saw: answers a second, and the median seconds to first and last words."""
-
-    per_s: float
-    first_s: float
-    total_s: float
+MEASURES: dict[str, Callable[[Round], float]] = {
+    "per_s": lambda one: one.per_s,
+    "first_s": lambda one: median(answer.first_s for answer in one.answers),
+    "total_s": lambda one: median(answer.total_s for answer in one.answers),
+}
+"""Answers a second, and seconds until an answer's first words and until its last."""
 
 
 def main() -> None:
     asked = parsed()
+    model = str(checkpoint(Path(asked.cache) / FOLDER).transformers)
     logs = Path(tempfile.gettempdir()) / "prismprune-waiting"
     with tempfile.TemporaryDirectory() as scratch, Keeper(asked.threads, logs) as keeper:
         contenders = {
             ms: Contender(
                 keeper.start(
-                    PrismPrune(
-                        asked.model,
-                        Path(scratch) / str(ms),
-                        settings={"PRISM_MAX_WAIT_MS": str(ms)},
-                    )
+                    PrismPrune(model, Path(scratch) / str(ms), settings={"PRISM_MAX_WAIT_MS": str(ms)})
                 ),
-                f"{ms} ms",
+                f"{ms:g} ms",
                 {"token_budget": asked.budget},
             )
             for ms in (0, asked.wait)
@@ -71,7 +68,9 @@ def parsed() -> argparse.Namespace:
         return tuple(map(int, text.split(",")))
 
     parser = options(__doc__, rounds=5)
-    parser.add_argument("--model", default=DEMO)
+    parser.add_argument(
+        "--cache", default=str(LibrarySettings().cache_dir / "benchmarks"), help="of checkpoints"
+    )
     parser.add_argument("--budget", type=int, default=64)
     parser.add_argument("--clients", type=numbers, default=(1, 8, 32))
     parser.add_argument("--requests", type=int, default=64, help="of each side in each round")
@@ -84,40 +83,20 @@ def _compared(
     contenders: dict[float, Contender], clients: int, asked: argparse.Namespace
 ) -> list[dict[str, Any]]:
     def side(contender: Contender, number: int) -> Round:
-        return asyncio.run(_round(contender, clients, asked, seed=10_000 * clients + 1_000 * number))
+        seed = 10_000 * clients + 1_000 * number
+        rng = random.Random(seed)
+        lengths = [rng.randint(asked.tokens[0], asked.tokens[-1]) for _ in range(asked.requests)]
+        return asyncio.run(closed_loop(contender, questions(asked.requests, seed), clients, lengths))
 
     rounds = in_turns({ms: partial(side, own) for ms, own in contenders.items()}, asked.rounds)
-
-    def against_none(own: Sequence[Round], measure: str) -> dict[str, float]:
-        values, base = ([getattr(one, measure) for one in each] for each in (own, rounds[0]))
-        return asdict(ratios(values, base))
-
+    measured = {
+        ms: {name: [of(one) for one in own] for name, of in MEASURES.items()} for ms, own in rounds.items()
+    }
     return [
-        {"clients": clients, "wait": f"{ms:g} ms"} | {name: against_none(own, name) for name in MEASURES}
-        for ms, own in rounds.items()
+        {"clients": clients, "wait": f"{ms:g} ms"}
+        | {name: asdict(ratios(own[name], measured[0][name])) for name in MEASURES}
+        for ms, own in measured.items()
     ]
-
-
-async def _round(contender: Contender, clients: int, asked: argparse.Namespace, seed: int) -> Round:
-    rng = random.Random(seed)
-    least, most = asked.tokens[0], asked.tokens[-1]
-    waiting = [(content, rng.randint(least, most)) for content in questions(asked.requests, seed)]
-    answers: list[Told] = []
-
-    async def one_after_another() -> None:
-        while waiting:
-            content, tokens = waiting.pop()
-            answers.append(await ask(http, contender, content, tokens))
-
-    async with connections(contender) as http:
-        began = time.perf_counter()
-        await asyncio.gather(*(one_after_another() for _ in range(clients)))
-        wall_s = time.perf_counter() - began
-    return Round(
-        len(answers) / wall_s,
-        Spread.of(answer.first_s for answer in answers).median,
-        Spread.of(answer.total_s for answer in answers).median,
-    )
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

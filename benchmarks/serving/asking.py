@@ -81,17 +81,21 @@ def _content(rng: random.Random) -> list[dict[str, Any]]:
 
 
 async def closed_loop(
-    contender: Contender, contents: Sequence[list[dict[str, Any]]], clients: int, tokens: int
+    contender: Contender, contents: Sequence[list[dict[str, Any]]], clients: int, tokens: int | Sequence[int]
 ) -> Round:
-    """`clients` clients; each sends its next request when its last one was answered."""
-    waiting = list(contents)
+    """`clients` clients; each sends its next request when its last one was answered.
+
+    tokens: of every answer, or of each.
+    """
+    lengths = [tokens] * len(contents) if isinstance(tokens, int) else tokens
+    waiting = list(zip(contents, lengths, strict=True))
     answers: list[Told] = []
 
     async def client(http: httpx.AsyncClient) -> None:
         while waiting:
-            answers.append(await ask(http, contender, waiting.pop(), tokens))
+            answers.append(await ask(http, contender, *waiting.pop()))
 
-    async with connections(contender) as http:
+    async with _http(contender) as http:
         with contender.server.watched() as usage:
             began = time.perf_counter()
             await asyncio.gather(*(client(http) for _ in range(clients)))
@@ -110,7 +114,7 @@ async def open_loop(
         return await ask(http, contender, content, tokens)
 
     starts = list(accumulate((rng.expovariate(per_s) for _ in contents[1:]), initial=0.0))
-    async with connections(contender) as http:
+    async with _http(contender) as http:
         with contender.server.watched() as usage:
             began = time.perf_counter()
             sent = [client(http, content, start) for content, start in zip(contents, starts, strict=True)]
@@ -119,8 +123,7 @@ async def open_loop(
     return Round(tuple(answers), wall_s, usage)
 
 
-def connections(contender: Contender) -> httpx.AsyncClient:
-    """For as many connections to its server as there are requests."""
+def _http(contender: Contender) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
     return httpx.AsyncClient(base_url=contender.server.url, timeout=TIMEOUT_S, limits=limits)
 
