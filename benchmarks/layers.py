@@ -1,11 +1,12 @@
-"""What it wins to multiply a layer's weights together: a model with and without it, in turns.
+"""What it wins to multiply a layer's weights together and to call its parts past their modules, in turns.
 
     python -m benchmarks.layers --threads 2 --rounds 15
     python -m benchmarks.layers --model DIRECTORY --dtype bfloat16
 
-A decoding step of one answer and of eight, and prompts of so many tokens, through the language model alone.
-Both sides have copies of their weights as the kernels like them (`prismprune.cpu_products`); on one of them,
-attention and MLPs have theirs together (`prismprune.cpu_layers`).
+A decoding step of one answer and of eight, and prompts of so many tokens without a picture. Both sides have
+copies of their weights as the kernels like them (`prismprune.cpu_products`); on one of them, attention and
+MLPs have theirs together (`prismprune.cpu_layers`), and a step leaves out what lies around the layers
+(`prismprune.cpu_steps`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
 from benchmarks._models import PACKED_BYTES
 from prismprune import PrunedVLM, cpu_layers
-from prismprune.batches import roomy_cache
+from prismprune.batches import Batch, roomy_cache
+from prismprune.cpu_steps import CpuSteps
 from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 
@@ -76,28 +78,22 @@ def measured(
     return taken, ratios(taken["apart"], taken["joined"])
 
 
-def fed(model: Any, cache: Any, rows: int, tokens: int) -> None:
-    """Feed so many tokens, whichever."""
-    known = cache.get_seq_length()
+def fed(model: Any, rows: int, tokens: int) -> Batch:
+    """So many rows that were fed so many tokens, whichever."""
     ids = torch.arange(rows * tokens).view(rows, tokens) % 1000
-    output = model.model.language_model(
-        input_ids=ids,
-        attention_mask=torch.ones(rows, known + tokens, dtype=torch.long),
-        position_ids=torch.arange(known, known + tokens).expand(rows, -1),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    model.lm_head(output.last_hidden_state[:, -1:])
+    following = torch.full((rows,), tokens)
+    batch = Batch(roomy_cache(), torch.zeros(rows, 0, dtype=torch.long), following, None)
+    batch.extend(model, ids, torch.ones_like(ids), torch.arange(tokens).expand(rows, -1))
+    return batch
 
 
 def step(rows: int, model: Any) -> Callable[[], object]:
-    cache = roomy_cache()
-    fed(model, cache, rows, BEHIND)
-    return partial(fed, model, cache, rows, 1)
+    batch, tokens, steps = fed(model, rows, BEHIND), [1] * rows, CpuSteps.of(model)
+    return partial(batch.step, model, tokens) if steps is None else partial(steps.step, batch, tokens)
 
 
 def prompt(tokens: int, model: Any) -> Callable[[], object]:
-    return lambda: fed(model, roomy_cache(), 1, tokens)
+    return lambda: fed(model, 1, tokens)
 
 
 def plot(found: dict[str, list[float]], file: Path) -> None:

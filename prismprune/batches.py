@@ -182,11 +182,14 @@ class Batch:
     def step(self, model: Any, tokens: list[int]) -> Tensor:
         """Feed one token a row; logits [B, vocabulary] of the next."""
         ids = torch.tensor(tokens, device=self.mask.device)[:, None]
+        return self._logits(model, ids, self.advance())
+
+    def advance(self) -> Tensor:
+        """Let each row have one more token: its position, [B, 1] or [axes, B, 1]. The cache is as it was."""
+        self.mask = pad(self.mask, (0, 1), value=1)
         positions = self.next_positions[:, None]
-        if self.axes is not None:
-            positions = positions.expand(self.axes, -1, -1)
         self.next_positions = self.next_positions + 1
-        return self.extend(model, ids, torch.ones_like(ids), positions)
+        return positions if self.axes is None else positions.expand(self.axes, -1, -1)
 
     def extend(
         self, model: Any, ids: Tensor, mask: Tensor, positions: Tensor, **visual_inputs: Any
@@ -196,6 +199,10 @@ class Batch:
         positions: [B, L], or [axes, B, L].
         """
         self.mask = torch.cat([self.mask, mask], dim=1)
+        return self._logits(model, ids, positions, **visual_inputs)
+
+    def _logits(self, model: Any, ids: Tensor, positions: Tensor, **visual_inputs: Any) -> Tensor:
+        """[B, vocabulary] after `ids` [B, L], which `mask` knows of."""
         with only_last_row():
             output = model(
                 input_ids=ids,

@@ -21,14 +21,16 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import cat, nn
+from torch.nn.functional import silu
 from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prismprune.cpu_attention import CpuAttention, looked_at_all
 from prismprune.cpu_products import Copies, CpuLinear, available, formats
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -56,7 +58,7 @@ class _Changed(nn.Module):
     """A transformers module with another `forward`. Copies and pickles are transformers' own."""
 
     def __reduce_ex__(self, _protocol: Any) -> Any:
-        own = {"attention", "copies", "epsilon", "last", "rotation", "stack"}  # of this process
+        own = {"attention", "copies", "epsilon", "last", "place", "rotation", "stack"}  # of this process
         state = {name: value for name, value in self.__dict__.items() if name not in own}
         return _blank, (type(self).__bases__[1],), state
 
@@ -75,9 +77,13 @@ class _Norm(_Changed):
         inexact = hidden_states.dtype is not torch.float32 or self.weight.dtype is not torch.float32
         if inexact or torch.is_grad_enabled() or not hidden_states.is_cpu:
             return super().forward(hidden_states)
-        length = torch.linalg.vector_norm(hidden_states, 2, -1, True)
-        mean = torch.addcmul(self.epsilon, length, length, value=1 / hidden_states.shape[-1])
-        return hidden_states.mul(mean.rsqrt_()).mul_(self.weight)
+        return _normed(hidden_states, self.weight, self.epsilon)
+
+
+def _normed(values: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
+    length = torch.linalg.vector_norm(values, 2, -1, True)
+    mean = torch.addcmul(epsilon, length, length, value=1 / values.shape[-1])
+    return values.mul(mean.rsqrt_()).mul_(weight)
 
 
 class _Joined(_Changed):
@@ -217,13 +223,83 @@ class _GatedMLP(_Joined):
 
     def forward(self, x: Tensor) -> Any:
         products = self.products(x)
-        return super().forward(x) if products is None else self.down_proj(self.activated(products))
+        if products is None:
+            return super().forward(x)
+        return self.down_proj(_activated(products, self.act_fn))
 
-    def activated(self, products: Tensor) -> Tensor:
-        """`act(gate) * up`, of both side by side."""
-        gate, up = products.chunk(2, dim=-1)
-        activated: Tensor = self.act_fn(gate)
-        return activated.mul_(up)
+
+def _activated(products: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """`activation(gate) * up`, of both side by side."""
+    gate, up = products.chunk(2, dim=-1)
+    return activation(gate).mul_(up)
+
+
+class Untouched:
+    """Modules, and whether they are as they were: none watched, trained, or in the place of another."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        every = list(modules)
+        self._parents = [module for module in every if module._modules]  # noqa: SLF001 (no public name)
+        self._places = [
+            (parent._modules, name, module)  # noqa: SLF001
+            for parent in self._parents
+            for name, module in parent._modules.items()  # noqa: SLF001
+        ]
+        self._hooks = [
+            hooks
+            for module in every
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
+        ]
+
+    def __bool__(self) -> bool:
+        return not (
+            _has_any_global_hook()
+            or any(self._hooks)
+            or any(places[name] is not module for places, name, module in self._places)
+            or any(parent.training for parent in self._parents)
+        )
+
+
+class _Parts:
+    """The parts of one layer, called past `nn.Module`, which looks for each of them in dictionaries."""
+
+    __slots__ = ("_activation", "_attention", "_norms", "copies")
+
+    def __init__(self, layer: _Layer) -> None:
+        self.copies = layer.all_copies
+        self._attention: _Attention = layer.self_attn
+        self._norms = [_NormParts(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+        activation: Any = layer.mlp.act_fn
+        self._activation = silu if type(activation) in SILU else activation
+
+    def run(self, states: Tensor, *, only: bool, **given: Any) -> Tensor:
+        """What the layer makes of these [B, L, hidden]. only: of each prompt's last token."""
+        attending, outward, expanding, down = self.copies
+        first, second = self._norms
+        rows = states.shape[0] * states.shape[1]
+        projected = attending.multiplied(first.normed(states), rows)
+        attended = self._attention.attended(projected, last_query=only, **given)
+        if only:
+            states, rows = states[:, -1:], states.shape[0]
+        states = outward.multiplied(attended, rows).add_(states)
+        products = expanding.multiplied(second.normed(states), rows)
+        return down.multiplied(_activated(products, self._activation), rows).add_(states)
+
+
+class _NormParts:
+    """A `_Norm`, past `nn.Module`."""
+
+    __slots__ = ("_epsilon", "_norm", "_parameters")
+
+    def __init__(self, norm: _Norm) -> None:
+        self._norm, self._epsilon = norm, norm.epsilon
+        self._parameters = norm._parameters  # noqa: SLF001 (no public name)
+
+    def normed(self, values: Tensor) -> Any:
+        weight: Any = self._parameters["weight"]
+        if values.dtype is not torch.float32 or weight.dtype is not torch.float32:
+            return self._norm.forward(values)
+        return _normed(values, weight, self._epsilon)
 
 
 class _Known(threading.local):
@@ -233,7 +309,7 @@ class _Known(threading.local):
     direct: bool = False
 
 
-class _Stack:
+class Stack:
     """The layers of one language model, and whether they may call their parts past `nn.Module`.
 
     That is looked into once a pass, for all of them: few rows leave no part of a layer in the processor's
@@ -241,48 +317,38 @@ class _Stack:
     """
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
-        self._layers = layers
+        self._attention: _Attention = layers[0].self_attn
+        self._parts = [_Parts(layer) for layer in layers]
+        self._copies = [copies for parts in self._parts for copies in parts.copies]
+        self._untouched = Untouched(module for layer in layers for module in layer.modules())
         self._known = _Known()
-        self._copies = [copies for layer in layers for copies in layer.all_copies]
-        parents = [module for layer in layers for module in layer.modules()]
-        self._places = [
-            (parent._modules, name, module)  # noqa: SLF001 (no public name)
-            for parent in parents
-            for name, module in parent._modules.items()  # noqa: SLF001
-        ]
-        self._hooks = [
-            hooks
-            for _, _, module in self._places
-            if module is not None
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
-        ]
 
-    def direct(self, values: Tensor, embeddings: Any) -> bool:
-        """Whether a layer that gets these [B, L, hidden] may."""
+    def parts(self, place: int, values: Tensor, embeddings: Any) -> _Parts | None:
+        """Those of the layer there, which gets these [B, L, hidden]; None: it may not call them."""
         known = self._known
         if known.embeddings is not embeddings or embeddings is None:
-            known.direct = self._unwatched() and self._served(values)
+            known.direct = self.direct(values)
             known.embeddings = embeddings
-        return known.direct
+        return self._parts[place] if known.direct else None
 
-    def _unwatched(self) -> bool:
-        """No part has a hook, another module in its place, or is trained."""
-        return not (
-            _has_any_global_hook()
-            or any(self._hooks)
-            or any(places[name] is not module for places, name, module in self._places)
-            or any(layer.training for layer in self._layers)
-        )
+    def direct(self, values: Tensor) -> bool:
+        """Whether the layers may in a pass of these [B, L, hidden].
 
-    def _served(self, values: Tensor) -> bool:
-        """Every product has a copy for so many rows, and for one of each prompt."""
-        if torch.is_grad_enabled() or not self._layers[0].self_attn.sdpa:
+        So it is if nobody watches, and every product has a copy for so many rows and for one of each prompt.
+        """
+        if torch.is_grad_enabled() or not self._attention.sdpa or not self._untouched:
             return False
         rows, prompts = values.shape[0] * values.shape[1], values.shape[0]
         return all(
             copies.fit(values) and copies.current() and copies.serves(rows) and copies.serves(prompts)
             for copies in self._copies
         )
+
+    def run(self, states: Tensor, **given: Any) -> Tensor:
+        """What all layers make of these [B, L, hidden], where they may. given: as to a layer."""
+        for parts in self._parts:
+            states = parts.run(states, only=False, **given)
+        return states
 
 
 class _Layer(_Changed):
@@ -295,8 +361,9 @@ class _Layer(_Changed):
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
+    place: int
     last: bool
-    stack: _Stack | None
+    stack: Stack | None
 
     @property
     def all_copies(self) -> list[Copies]:
@@ -307,8 +374,10 @@ class _Layer(_Changed):
 
     def forward(self, hidden_states: Tensor, **given: Any) -> Any:
         only = self.last and hidden_states.shape[1] > 1 and _ONLY_LAST.get()
-        if self.stack is not None and self.stack.direct(hidden_states, given.get("position_embeddings")):
-            return self._directly(hidden_states, only=only, **given)
+        if self.stack is not None:
+            parts = self.stack.parts(self.place, hidden_states, given.get("position_embeddings"))
+            if parts is not None:
+                return parts.run(hidden_states, only=only, **given)
         if not only or self.training:
             return super().forward(hidden_states, **given)
         if isinstance(self.self_attn, _Attention):
@@ -316,18 +385,6 @@ class _Layer(_Changed):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
         last = hidden_states[:, -1:] + attended[:, -1:]
         return last + self.mlp(self.post_attention_layernorm(last))
-
-    def _directly(self, states: Tensor, *, only: bool, **given: Any) -> Tensor:
-        attention, mlp = self.self_attn, self.mlp
-        rows = states.shape[0] * states.shape[1]
-        projected = attention.copies.multiplied(self.input_layernorm.forward(states), rows)
-        attended = attention.attended(projected, last_query=only, **given)
-        if only:
-            states, rows = states[:, -1:], states.shape[0]
-        states = attention.o_proj.copies.multiplied(attended, rows).add_(states)
-        products = mlp.copies.multiplied(self.post_attention_layernorm.forward(states), rows)
-        down: Copies = mlp.down_proj.copies
-        return down.multiplied(mlp.activated(products), rows).add_(states)
 
 
 JOINED: Mapping[str, Any] = {
@@ -347,6 +404,8 @@ LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2_5_VLDecoderLayer"}
 """Transformers' layers, by their names, that may be a `_Layer`."""
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2_5_VLRMSNorm"}
 """Transformers' norms, by their names, that compute what `_Norm` does."""
+SILU = {SiLUActivation, nn.SiLU}
+"""Activations that are torch's function."""
 PRODUCTS = 4
 """Of a layer: queries, keys and values; behind the attention; gate and up; down."""
 
@@ -436,9 +495,11 @@ def use_cpu_products(
 
 def _change_others(model: nn.Module) -> None:
     """Norms, and layers as a whole."""
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in modules:
         if type(module).__name__ in NORMS:
             _change_norm(module)
+    for module in modules:
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList):
             _change_layers(layers)
@@ -464,21 +525,31 @@ def _change_norm(norm: Any) -> None:
 
 
 def _change_layers(layers: nn.ModuleList) -> None:
-    """Make them `_Layer`s if they are of `LAYERS`; where all their products have copies, of one `_Stack`."""
+    """Make them `_Layer`s if they are of `LAYERS`; where all their products have copies, of one `Stack`."""
     if any(type(layer).__name__ not in LAYERS for layer in layers):
         return
     changed: list[Any] = list(layers)
-    for layer in changed:
+    for place, layer in enumerate(changed):
         original: Any = type(layer)
         layer.__class__ = _changed_class(original, _Layer)
-        layer.last, layer.stack = layer is changed[-1], None
+        layer.place, layer.last, layer.stack = place, layer is changed[-1], None
     joined = all(
-        isinstance(layer.self_attn, _Attention) and isinstance(layer.mlp, _GatedMLP) for layer in changed
+        isinstance(layer.self_attn, _Attention)
+        and isinstance(layer.mlp, _GatedMLP)
+        and isinstance(layer.input_layernorm, _Norm)
+        and isinstance(layer.post_attention_layernorm, _Norm)
+        for layer in changed
     )
     if changed and joined and all(len(layer.all_copies) == PRODUCTS for layer in changed):
-        stack = _Stack(changed)
+        stack = Stack(changed)
         for layer in changed:
             layer.stack = stack
+
+
+def stack_of(layers: nn.ModuleList) -> Stack | None:
+    """That of these layers, if they have one."""
+    first: Any = layers[0] if len(layers) else None
+    return first.stack if isinstance(first, _Layer) else None
 
 
 def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:

@@ -75,9 +75,9 @@ class Copies:
     def _note(self) -> None:
         """What the copies are made of."""
         self._format = self.layers[0].weight.dtype
-        self._made_of = self._identities()
         biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
         self._bias = _above(biases) if biases else None
+        self._made_of = self._identities()
 
     def pack(self) -> None:
         """Keep one in oneDNN's order."""

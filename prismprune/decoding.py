@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from prismprune.batches import Prefix
     from prismprune.caching import ByteCache
+    from prismprune.cpu_steps import CpuSteps
     from prismprune.families.base import Visual
     from prismprune.generation import Generated, GenerationOptions, Prompt
     from prismprune.replay import Replay
@@ -46,10 +47,12 @@ class Decoder:
     placeholder_ids: frozenset[int]
     visual_inputs: Callable[[Sequence[Visual]], dict[str, Any]]
     replay: Replay | None = None
+    cpu_steps: CpuSteps | None = None
 
     def step(self, batch: Batch, tokens: list[int]) -> Tensor:
         """Feed one token a row; logits [B, vocabulary] of the next, good until the next step."""
-        logits = None if self.replay is None else self.replay.step(batch, tokens)
+        fast = self.replay or self.cpu_steps
+        logits = None if fast is None else fast.step(batch, tokens)
         return batch.step(self.model, tokens) if logits is None else logits
 
     def extend(

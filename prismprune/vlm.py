@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 from PIL import Image
 
 from prismprune.budget import TokenBudget
+from prismprune.cpu_steps import CpuSteps
 from prismprune.decoding import Decoder
 from prismprune.encoding import EncodedMedia, EncodingRequest, encode
 from prismprune.errors import InvalidOptionError
@@ -63,6 +64,7 @@ class PrunedVLM:
             placeholder_ids=frozenset(loaded.family.placeholder_ids.values()),
             visual_inputs=loaded.family.visual_inputs,
             replay=replay_of(loaded.family.model, loaded.quantization, graph_bytes),
+            cpu_steps=CpuSteps.of(loaded.family.model),
         )
         self._family.tower_replay = tower_replay_of(loaded.family.model, graph_bytes)
 
