@@ -367,6 +367,26 @@ def test_norms_are_transformers(kind: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(own, wanted, rtol=rounding, atol=rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_towers_activation_is_transformers(dtype: torch.dtype) -> None:
+    """Bit for bit, with gradients and without, and what it is given stays as it is."""
+    plain: Any = TOWERS["clip"]().encoder.layers[0].mlp.activation_fn
+    changed = nn.Sequential(copy.deepcopy(plain))
+    use_cpu_products(changed)
+    assert type(changed[0]) is not type(plain)
+    values = torch.randn(3, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
+    before = values.clone()
+    with torch.inference_mode():
+        assert torch.equal(changed(values), plain(values))
+    assert torch.equal(values, before)
+    wanted, own = (values.clone().requires_grad_() for _ in range(2))
+    plain(wanted).sum().backward()
+    changed(own).sum().backward()
+    assert own.grad is not None
+    assert wanted.grad is not None
+    assert torch.equal(own.grad, wanted.grad)
+
+
 def test_gradients_are_transformers() -> None:
     plain, joined = both()
     wanted = []
