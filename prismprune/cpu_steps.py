@@ -58,8 +58,10 @@ class CpuSteps:
         """
         if self._window is not None and batch.mask.shape[1] >= self._window:
             return None
-        states = self._embed(torch.tensor(tokens)[:, None])
-        if not self._untouched or not self._stack.direct(states):
+        if not self._untouched:
+            return None
+        states = self._embed(torch.tensor(tokens, device=batch.mask.device)[:, None])
+        if not self._stack.direct(states):
             return None
         embeddings = self._rotate(states, position_ids=batch.advance())
         mask = None if batch.mask.all() else batch.mask.bool()[:, None, None]

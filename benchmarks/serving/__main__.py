@@ -8,7 +8,7 @@ transformers. All serve one checkpoint (`checkpoint.py`), in one number format (
 and are asked the same questions about the same pictures; every answer has the same number of tokens. Every
 request of a round shows a picture that nobody has asked about before, so that no cache decides anything. The
 sides take turns in every round, in an order that moves on, so that whatever slows the machine down meets all
-of them.
+of them; while one is asked, the processes of the others are stopped.
 
 What vLLM and LitServe need is installed once, in environments below --cache (vLLM: 6 GB).
 """
@@ -38,7 +38,7 @@ from benchmarks.serving.rivals.litserve_plain import LitServePlain
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.rivals.transformers_serve import TransformersServe
 from benchmarks.serving.rivals.vllm_cpu import VllmCpu
-from benchmarks.serving.servers import Keeper, at_rest
+from benchmarks.serving.servers import Keeper, alone, at_rest
 from prismprune.settings import LibrarySettings
 
 if TYPE_CHECKING:
@@ -191,14 +191,16 @@ class Bench:
         return rows(load, measured)
 
     def _round(self, contender: Contender, load: Load, requests: int, seed: int) -> Round:
-        contents = questions(requests, seed)
-        if not at_rest([each.server for each in self.contenders]):
-            self._say("asked while another still works", contender)
+        contents, servers = questions(requests, seed), [each.server for each in self.contenders]
+        contender.server.await_readiness()
+        if not at_rest(servers):
+            self._say("asked while it still works", contender)
         if load.way == "closed":
             loop = closed_loop(contender, contents, int(load.level), self.tokens)
         else:
             loop = open_loop(contender, contents, load.level, self.tokens, seed)
-        done = asyncio.run(loop)
+        with alone(contender.server, servers):
+            done = asyncio.run(loop)
         cost = f"{done.usage.cpu_s / len(done.answers):.2f} processor seconds an answer"
         self._say(f"{load}: {done.per_s:.2f}/s, {cost}", contender)
         return done

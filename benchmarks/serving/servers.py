@@ -19,7 +19,7 @@ from service.serve import guard
 from service.serve.machine import free_ports
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -27,6 +27,8 @@ START_S = 1800
 """vLLM compiles for minutes, and for many more where the machine is busy."""
 PATIENCE_S = 30
 """For a server to end after SIGTERM, before its whole process group is killed."""
+READY_S = 60
+"""For a server that was stopped for a while to hear from its own parts again."""
 REST_S, REST_WITHIN_S = 0.5, 10.0
 BUSY = 0.1
 """Of a core, at rest: heartbeats and the like."""
@@ -69,11 +71,21 @@ class Rival(Protocol):
 
 @dataclass
 class Server:
-    """A rival that is ready."""
+    """A rival that is ready. health: where it says so."""
 
     rival: Rival
     url: str
     process: psutil.Process
+    health: str = "/"
+
+    def await_readiness(self) -> None:
+        """Raises `RuntimeError` if it is not ready again within `READY_S`."""
+        until = time.monotonic() + READY_S
+        while time.monotonic() < until:
+            if _is_healthy(self.url + self.health):
+                return
+            time.sleep(REST_S)
+        raise RuntimeError(f"{self.rival.name} is no longer ready")
 
     @contextmanager
     def watched(self) -> Iterator[Usage]:
@@ -96,6 +108,26 @@ class Server:
             over.set()
             watcher.join()
             usage.cpu_s = tree_cpu_s(self.process) - before
+
+
+@contextmanager
+def alone(server: Server, servers: Iterable[Server]) -> Iterator[None]:
+    """Stops the processes of all other `servers` while the block runs.
+
+    The threads of an idle server wake up, some of them a hundred times a second, and take a core from the one
+    that answers: whoever serves one of them has no other beside it.
+    """
+    others = {other.process.pid: other.process for other in servers if other.process != server.process}
+    stopped = [process for root in others.values() for process in _tree(root)]
+    try:
+        for process in stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
+        yield
+    finally:
+        for process in stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
 
 def at_rest(servers: Sequence[Server]) -> bool:
@@ -124,7 +156,7 @@ class Usage:
 def tree_bytes(root: psutil.Process) -> int:
     """Proportional set size of a process and all its descendants: what they share counts once."""
     total = 0
-    for process in (root, *root.children(recursive=True)):
+    for process in _tree(root):
         with suppress(psutil.NoSuchProcess):
             total += process.memory_full_info().pss
     return total
@@ -133,10 +165,14 @@ def tree_bytes(root: psutil.Process) -> int:
 def tree_cpu_s(root: psutil.Process) -> float:
     """Processor seconds of a process and all its descendants, those that it has seen end included."""
     total = 0.0
-    for process in (root, *root.children(recursive=True)):
+    for process in _tree(root):
         with suppress(psutil.NoSuchProcess):
             total += sum(process.cpu_times()[:4])  # user and system, its own and its ended children's
     return total
+
+
+def _tree(root: psutil.Process) -> tuple[psutil.Process, ...]:
+    return root, *root.children(recursive=True)
 
 
 @dataclass
@@ -181,7 +217,7 @@ class Keeper:
         self._tell_guard(process.pid)
         url = f"http://{LOOPBACK}:{port}"
         _await_health(process, url + launch.health, log)
-        return Server(rival, url, psutil.Process(process.pid))
+        return Server(rival, url, psutil.Process(process.pid), launch.health)
 
     def _tell_guard(self, group: int) -> None:
         if self._guard.stdin is None:
@@ -190,12 +226,17 @@ class Keeper:
         self._guard.stdin.flush()
 
 
+def _is_healthy(url: str) -> bool:
+    with suppress(httpx.HTTPError):  # not there yet
+        return httpx.get(url, timeout=5).is_success
+    return False
+
+
 def _await_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     until = time.monotonic() + START_S
     while process.poll() is None and time.monotonic() < until:
-        with suppress(httpx.HTTPError):  # not there yet
-            if httpx.get(url, timeout=5).is_success:
-                return
+        if _is_healthy(url):
+            return
         time.sleep(0.5)
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
     raise SystemExit(f"{url} is not served (exit code {process.returncode}):\n{tail}")

@@ -22,7 +22,7 @@ from benchmarks.serving import servers
 from benchmarks.serving.asking import Contender, Round, Told, closed_loop, open_loop, questions
 from benchmarks.serving.checkpoint import TOWER, renamed
 from benchmarks.serving.report import Load, plot, rows, table
-from benchmarks.serving.servers import Keeper, Launch, Server, Usage, at_rest
+from benchmarks.serving.servers import Keeper, Launch, Server, Usage, alone, at_rest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -81,6 +81,30 @@ def test_a_round_waits_until_no_server_works(monkeypatch: pytest.MonkeyPatch) ->
                 assert (sum(process.cpu_times()[:2]) >= seconds) is rests
             finally:
                 process.kill()
+
+
+def test_while_one_server_is_asked_the_others_are_stopped(keeper: Keeper) -> None:
+    """However the round ends; then they go on."""
+    one, other = keeper.start(Words()), keeper.start(Words())
+    for error in (None, LookupError):
+        with suppress(LookupError), alone(one, [one, other, other]):
+            one.await_readiness()
+            until = time.monotonic() + 30
+            while other.process.status() != psutil.STATUS_STOPPED and time.monotonic() < until:
+                time.sleep(0.01)
+            assert other.process.status() == psutil.STATUS_STOPPED
+            if error is not None:
+                raise error
+        other.await_readiness()
+
+
+def test_a_server_that_is_gone_is_not_asked(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(servers, "READY_S", 0.1)
+    server = keeper.start(Words())
+    server.process.kill()
+    server.process.wait()
+    with pytest.raises(RuntimeError, match="words is no longer ready"):
+        server.await_readiness()
 
 
 def test_an_answer_of_another_length_ends_the_benchmark(keeper: Keeper) -> None:

@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 LENGTH = 5
 WINDOW = LENGTH + 2
-AROUND = ["", "model", "model.language_model", "model.language_model.norm", "lm_head"]
+AROUND = [
+    "",
+    "model",
+    "model.language_model",
+    "model.language_model.embed_tokens",
+    "model.language_model.norm",
+    "lm_head",
+]
 """Modules that a plain step goes through, beside the layers."""
 pytestmark = pytest.mark.skipif(not available(), reason="these steps are taken on x86 CPUs alone")
 
@@ -116,9 +123,11 @@ def test_answers_take_such_steps(tiny_llava: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("name", [*AROUND, "model.language_model.layers.1.mlp"])
 @torch.inference_mode()
 def test_who_watches_sees_every_step(llava: Any, name: str) -> None:
-    steps, batch = steps_of(llava), started(llava)
-    with llava.get_submodule(name).register_forward_hook(lambda *_: None):
+    """And no more than that."""
+    steps, batch, seen = steps_of(llava), started(llava), list[str]()
+    with llava.get_submodule(name).register_forward_hook(lambda *_: seen.append(name)):
         assert is_left_to_the_model(steps, batch)
+        assert not seen
     assert not is_left_to_the_model(steps, batch)
 
 

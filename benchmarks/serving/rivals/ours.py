@@ -39,6 +39,7 @@ class PrismPrune:
             "PRISM_MEDIA_CACHE_BYTES": "0",
             "PRISM_PREFIX_CACHE_BYTES": "0",
             "PRISM_TIMEOUT_S": "600",  # as long as the client waits
+            "PRISM_ENGINE_STALL_S": "3600",  # it is stopped while others are asked, and is not to be missed
             **self.settings,
         }
         return Launch((sys.executable, "-m", "service.serve"), environment, "/healthz")
