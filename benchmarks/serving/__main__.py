@@ -38,7 +38,7 @@ from benchmarks.serving.rivals.litserve_plain import LitServePlain
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.rivals.transformers_serve import TransformersServe
 from benchmarks.serving.rivals.vllm_cpu import VllmCpu
-from benchmarks.serving.servers import Keeper, alone, at_rest
+from benchmarks.serving.servers import Keeper, at_rest
 from prismprune.settings import LibrarySettings
 
 if TYPE_CHECKING:
@@ -57,17 +57,23 @@ SINGLE = {name for name, geometry in GEOMETRIES.items() if geometry.crops == 1}
 
 def main() -> None:
     asked = parsed()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ended like this, it ends its servers first
+    signal.signal(signal.SIGTERM, _end)
     if asked.cores:
         os.sched_setaffinity(0, asked.cores)  # inherited by all servers
     with tempfile.TemporaryDirectory() as scratch, Keeper(asked.threads, asked.logs) as keeper:
-        bench = Bench(_contenders(keeper, asked, Path(scratch)), asked.tokens)
+        bench = Bench(keeper, _contenders(keeper, asked, Path(scratch)), asked.tokens)
         same, measured = bench.warm_up(), []
         for load in _loads(asked):
             measured += bench.measure(load, _requests(load, asked), asked.rounds)
             _save(asked, same, measured)  # what comes next takes minutes
     agreed = ", ".join(f"{name} {share:.0%}" for name, share in same.items())
     print(table(_head(asked), measured), f"\nThe same answers as {next(iter(same))}: {agreed}.")
+
+
+def _end(*_: object) -> None:
+    """Ended like this, it ends its servers first; a second signal does not keep it from that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
 
 
 def _save(asked: argparse.Namespace, same: dict[str, float], measured: list[Row]) -> None:
@@ -165,6 +171,7 @@ def _requests(load: Load, asked: argparse.Namespace) -> int:
 class Bench:
     """The sides, and how long their answers are. No two rounds show the same picture."""
 
+    keeper: Keeper
     contenders: Sequence[Contender]
     tokens: int
     _seed: int = 0
@@ -191,15 +198,15 @@ class Bench:
         return rows(load, measured)
 
     def _round(self, contender: Contender, load: Load, requests: int, seed: int) -> Round:
-        contents, servers = questions(requests, seed), [each.server for each in self.contenders]
+        contents = questions(requests, seed)
         contender.server.await_readiness()
-        if not at_rest(servers):
+        if not at_rest([each.server for each in self.contenders]):
             self._say("asked while it still works", contender)
         if load.way == "closed":
             loop = closed_loop(contender, contents, int(load.level), self.tokens)
         else:
             loop = open_loop(contender, contents, load.level, self.tokens, seed)
-        with alone(contender.server, servers):
+        with self.keeper.alone(contender.server):
             done = asyncio.run(loop)
         cost = f"{done.usage.cpu_s / len(done.answers):.2f} processor seconds an answer"
         self._say(f"{load}: {done.per_s:.2f}/s, {cost}", contender)

@@ -19,7 +19,7 @@ from service.serve import guard
 from service.serve.machine import free_ports
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
@@ -110,26 +110,6 @@ class Server:
             usage.cpu_s = tree_cpu_s(self.process) - before
 
 
-@contextmanager
-def alone(server: Server, servers: Iterable[Server]) -> Iterator[None]:
-    """Stops the processes of all other `servers` while the block runs.
-
-    The threads of an idle server wake up, some of them a hundred times a second, and take a core from the one
-    that answers: whoever serves one of them has no other beside it.
-    """
-    others = {other.process.pid: other.process for other in servers if other.process != server.process}
-    stopped = [process for root in others.values() for process in _tree(root)]
-    try:
-        for process in stopped:
-            with suppress(psutil.NoSuchProcess):
-                process.suspend()
-        yield
-    finally:
-        for process in stopped:
-            with suppress(psutil.NoSuchProcess):
-                process.resume()
-
-
 def at_rest(servers: Sequence[Server]) -> bool:
     """Waits until none of them uses the processors; False if one still does after `REST_WITHIN_S`.
 
@@ -182,6 +162,7 @@ class Keeper:
     threads: int
     logs: Path
     _groups: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    _stopped: list[psutil.Process] = field(default_factory=list)
 
     def __enter__(self) -> Self:
         self.logs.mkdir(parents=True, exist_ok=True)
@@ -190,6 +171,7 @@ class Keeper:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._go_on()  # what is stopped ends nothing, neither itself nor its own
         for process in self._groups:
             process.terminate()
         for process in reversed(self._groups):
@@ -219,10 +201,43 @@ class Keeper:
         _await_health(process, url + launch.health, log)
         return Server(rival, url, psutil.Process(process.pid), launch.health)
 
-    def _tell_guard(self, group: int) -> None:
+    @contextmanager
+    def alone(self, server: Server) -> Iterator[None]:
+        """Stops the processes of all other servers while the block runs.
+
+        The threads of an idle server wake up, some of them a hundred times a second, and take a core from
+        the one that answers: whoever serves one of them has no other beside it.
+        """
+        others = [psutil.Process(each.pid) for each in self._groups if each.pid != server.process.pid]
+        self._stopped = [process for root in others for process in _tree(root)]
+        roots = {each.pid for each in self._groups}
+        groups = set[int]()
+        for process in self._stopped:
+            with suppress(ProcessLookupError):
+                groups.add(os.getpgid(process.pid))
+        groups -= roots
+        for group in groups:  # stopped, they do not notice that what they belong to is gone
+            self._tell_guard(group)
+        try:
+            for process in self._stopped:
+                with suppress(psutil.NoSuchProcess):
+                    process.suspend()
+            yield
+        finally:
+            self._go_on()
+            for group in groups:
+                self._tell_guard(group, "-")
+
+    def _go_on(self) -> None:
+        for process in self._stopped:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        self._stopped = []
+
+    def _tell_guard(self, group: int, sign: str = "+") -> None:
         if self._guard.stdin is None:
             raise RuntimeError("the guard has no input")
-        self._guard.stdin.write(f"+{group}\n")
+        self._guard.stdin.write(f"{sign}{group}\n")
         self._guard.stdin.flush()
 
 

@@ -22,7 +22,7 @@ from benchmarks.serving import servers
 from benchmarks.serving.asking import Contender, Round, Told, closed_loop, open_loop, questions
 from benchmarks.serving.checkpoint import TOWER, renamed
 from benchmarks.serving.report import Load, plot, rows, table
-from benchmarks.serving.servers import Keeper, Launch, Server, Usage, alone, at_rest
+from benchmarks.serving.servers import Keeper, Launch, Server, Usage, at_rest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -87,7 +87,7 @@ def test_while_one_server_is_asked_the_others_are_stopped(keeper: Keeper) -> Non
     """However the round ends; then they go on."""
     one, other = keeper.start(Words()), keeper.start(Words())
     for error in (None, LookupError):
-        with suppress(LookupError), alone(one, [one, other, other]):
+        with suppress(LookupError), keeper.alone(one):
             one.await_readiness()
             until = time.monotonic() + 30
             while other.process.status() != psutil.STATUS_STOPPED and time.monotonic() < until:
@@ -166,12 +166,14 @@ def test_a_server_that_ends_instead_of_starting_is_told_with_its_log(keeper: Kee
 
 
 def test_servers_end_when_the_benchmark_is_killed(tmp_path: Path) -> None:
-    """SIGKILL leaves it no time to end them itself."""
+    """SIGKILL leaves it no time to end them itself, nor to let one go on that is stopped."""
     script = (
         "import pathlib, time; from benchmarks.serving.servers import Keeper; "
         "from tests.benchmarks.test_serving import Words\n"
         f"with Keeper(1, pathlib.Path({str(tmp_path)!r})) as keeper:\n"
-        "    print(keeper.start(Words()).process.pid, flush=True); time.sleep(60)"
+        "    one, other = keeper.start(Words()), keeper.start(Words())\n"
+        "    with keeper.alone(other):\n"
+        "        print(one.process.pid, flush=True); time.sleep(60)"
     )
     benchmark = subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ANSWERING.parents[2]
