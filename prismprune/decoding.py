@@ -38,7 +38,7 @@ class Decoder:
 
     end_ids: tokens that end an answer. placeholder_ids: tokens that stand for visual ones. visual_inputs: the
     visuals of a batch, row by row, to arguments of the model's `forward`. replay: recorded work of a
-    model on CUDA.
+    model on CUDA. cpu_steps: its steps on a CPU, where they can be taken past what lies around its layers.
     """
 
     model: Any

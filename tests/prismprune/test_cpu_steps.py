@@ -16,6 +16,7 @@ from prismprune.cpu_layers import use_cpu_products
 from prismprune.cpu_products import available
 from prismprune.cpu_steps import CpuSteps
 from tests.prismprune.families import CHECKPOINTS
+from tests.prismprune.test_cpu_layers import SIZES
 from tests.prismprune.test_cpu_products import EVERYTHING
 from tests.prismprune.tiny import picture
 
@@ -158,15 +159,7 @@ def test_gradients_and_training_are_the_models(llava: Any) -> None:
 @torch.inference_mode()
 def test_behind_a_sliding_window_the_model_knows_what_is_seen() -> None:
     torch.manual_seed(0)
-    text = MistralConfig(
-        vocab_size=50,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=WINDOW,
-    )
+    text = MistralConfig(**SIZES, sliding_window=WINDOW)
     model: Any = LlavaForConditionalGeneration(LlavaConfig(text_config=text)).eval()
     use_cpu_products(model, EVERYTHING)
     steps, plain, fast = steps_of(model), started(model), started(model)
