@@ -332,6 +332,7 @@ class Stack:
         self._copies = [copies for parts in self._parts for copies in parts.copies]
         self._untouched = Untouched(module for layer in layers for module in layer.modules())
         self._known = _Known()
+        self._seen = False  # whether the last pass found every copy one of the weights that there are
 
     def parts(self, place: int, values: Tensor, embeddings: Any) -> _Parts | None:
         """Those of the layer there, which gets these [B, L, hidden]; None: it may not call them."""
@@ -341,18 +342,25 @@ class Stack:
             known.embeddings = embeddings
         return self._parts[place] if known.direct else None
 
-    def direct(self, values: Tensor) -> bool:
+    def direct(self, values: Tensor, *, step: bool = False) -> bool:
         """Whether the layers may in a pass of these [B, L, hidden].
 
         So it is if nobody watches, and every product has a copy for so many rows and for one of each prompt.
+        step: the weights are those of the pass before, as its keys and values are. To look at each of them
+        again would take a twentieth of a small model's step.
         """
+        seen, self._seen = self._seen and step, False
         if torch.is_grad_enabled() or not self._attention.sdpa or not self._untouched:
             return False
         rows, prompts = values.shape[0] * values.shape[1], values.shape[0]
-        return all(
-            copies.fit(values) and copies.current() and copies.serves(rows) and copies.serves(prompts)
+        self._seen = all(
+            copies.fit(values)
+            and (seen or copies.current())
+            and copies.serves(rows)
+            and copies.serves(prompts)
             for copies in self._copies
         )
+        return self._seen
 
     def run(self, states: Tensor, **given: Any) -> Tensor:
         """What all layers make of these [B, L, hidden], where they may. given: as to a layer."""

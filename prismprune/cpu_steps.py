@@ -61,7 +61,7 @@ class CpuSteps:
         if not self._untouched:
             return None
         states = self._embed(torch.tensor(tokens, device=batch.mask.device)[:, None])
-        if not self._stack.direct(states):
+        if not self._stack.direct(states, step=True):
             return None
         embeddings = self._rotate(states, position_ids=batch.advance())
         mask = None if batch.mask.all() else batch.mask.bool()[:, None, None]

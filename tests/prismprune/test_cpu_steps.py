@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from prismprune import PrunedVLM, cpu_products
 from prismprune.batches import Batch, roomy_cache
 from prismprune.cpu_layers import use_cpu_products
-from prismprune.cpu_products import available
+from prismprune.cpu_products import Copies, available
 from prismprune.cpu_steps import CpuSteps
 from tests.prismprune.families import CHECKPOINTS
 from tests.prismprune.test_cpu_layers import SIZES
@@ -130,6 +132,42 @@ def test_who_watches_sees_every_step(llava: Any, name: str) -> None:
         assert is_left_to_the_model(steps, batch)
         assert not seen
     assert not is_left_to_the_model(steps, batch)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@torch.inference_mode()
+def test_a_weight_that_changes_between_prompts_is_seen(llava: Any, *, watched: bool) -> None:
+    """Also where somebody watched the prompt, so that it had no copy of it."""
+    steps, plain = steps_of(llava), copy.deepcopy(llava)
+    assert not is_left_to_the_model(steps, started(llava))
+    for model in (llava, plain):
+        with torch.no_grad():
+            model.model.language_model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    layer = llava.model.language_model.layers[1].mlp.up_proj
+    with layer.register_forward_hook(lambda *_: None) if watched else nullcontext():
+        batch = started(llava)
+    found = steps.step(batch, [1, 2])
+    assert found is not None
+    torch.testing.assert_close(found, started(plain).step(plain, [1, 2]), rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_weights_are_looked_at_once_a_prompt(llava: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at them at every step would take a good part of it."""
+    looked, current = list[Copies](), Copies.current
+
+    def noted(self: Copies) -> bool:
+        looked.append(self)
+        return current(self)
+
+    monkeypatch.setattr(Copies, "current", noted)
+    steps, batch = steps_of(llava), started(llava)
+    head = llava.lm_head.copies
+    assert set(looked) > {head}
+    looked.clear()
+    for _ in range(3):
+        assert not is_left_to_the_model(steps, batch)
+    assert looked == [head] * 3
 
 
 @torch.inference_mode()
