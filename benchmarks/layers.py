@@ -3,10 +3,11 @@
     python -m benchmarks.layers --threads 2 --rounds 15
     python -m benchmarks.layers --model DIRECTORY --dtype bfloat16
 
-A decoding step of one answer and of eight, and prompts of so many tokens without a picture. Both sides have
-copies of their weights as the kernels like them (`prismprune.cpu_products`); on one of them, attention and
-MLPs have theirs together (`prismprune.cpu_layers`), and a step leaves out what lies around the layers
-(`prismprune.cpu_steps`).
+A decoding step of one answer and of eight, prompts of so many tokens without a picture, and a picture of
+noise in the tower, where the model has one. Both sides have copies of their weights as the kernels like them
+(`prismprune.cpu_products`). On one of them attention and MLPs have theirs together (`prismprune.cpu_layers`),
+a step leaves out what lies around the layers (`prismprune.cpu_steps`), and products in the tower's MLPs come
+with the activation behind them (`prismprune.cpu_towers`).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
     load = partial(
         PrunedVLM.from_pretrained, asked.model, device="cpu", dtype=asked.dtype, packed_bytes=PACKED_BYTES
     )
-    with patch.object(cpu_layers, "JOINED", {}):
+    with patch.multiple(cpu_layers, JOINED={}, fusible_layers=lambda _: None):
         apart = load().model
     sides = {"apart": apart, "joined": load().model}
     with torch.inference_mode():
@@ -54,6 +55,8 @@ def main() -> None:
             f"a prompt of {length}": measured(sides, partial(prompt, length), asked.rounds)
             for length in PROMPTS
         }
+        if hasattr(apart.model, "vision_tower"):
+            found["a picture in the tower"] = measured(sides, view, asked.rounds)
     rows = [
         (name, Spread.of(1e3 * each for each in taken["apart"]), gain)
         for name, (taken, gain) in found.items()
@@ -94,6 +97,12 @@ def step(rows: int, model: Any) -> Callable[[], object]:
 
 def prompt(tokens: int, model: Any) -> Callable[[], object]:
     return lambda: fed(model, 1, tokens)
+
+
+def view(model: Any) -> Callable[[], object]:
+    tower, draw = model.model.vision_tower, torch.Generator().manual_seed(0)
+    edge = tower.config.image_size
+    return partial(tower, torch.randn(1, 3, edge, edge, generator=draw).to(tower.dtype))
 
 
 def plot(found: dict[str, list[float]], file: Path) -> None:

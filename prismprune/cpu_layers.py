@@ -2,13 +2,12 @@
 
 Linear layers become `CpuLinear`. Attention and gated MLPs of language models multiply the same values by
 three weights and by two: all of them are one product, and queries and keys are turned together, bit for bit
-as before. Attention, that of towers in bfloat16 as well, is given to torch's kernel in the shape that it is
-fastest at, or computed by products (`cpu_attention`), and norms take five calls for nine, all of this up to
-rounding. CLIP's activation writes to one place instead of three. Where rows are few, calls are a good part of
-a decoding step's time, more so as the weights that stream by leave nothing in the processor's caches
-(`benchmarks/layers.py`): layers whose parts nobody watches or has changed call them past `nn.Module`. A
-language model's last layer computes keys and values for every token of a prompt, and the rest for the last
-one, whose output alone is used.
+as before. Attention is given to torch's kernel in the shape that it is fastest at, or computed by products
+(`cpu_attention`), and norms take five calls for nine, all of this up to rounding. Where rows are few, calls
+are a good part of a decoding step's time, more so as the weights that stream by leave nothing in the
+processor's caches (`benchmarks/layers.py`): layers whose parts nobody watches or has changed call them past
+`nn.Module`. A language model's last layer computes keys and values for every token of a prompt, and the rest
+for the last one, whose output alone is used. What changes in towers, `cpu_towers` has.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ import threading
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import cat, nn
 from torch.nn.functional import silu
-from torch.nn.modules.module import _has_any_global_hook
-from transformers.activations import QuickGELUActivation, SiLUActivation
+from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from prismprune.cpu_attention import CpuAttention, looked_at_all
+from prismprune.cpu_attention import CpuAttention
+from prismprune.cpu_changes import Changed, Untouched, changed_class
 from prismprune.cpu_products import Copies, CpuLinear, available, formats
+from prismprune.cpu_towers import change_activation, change_tower_attention, fuse, fusible_layers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -55,20 +54,7 @@ def only_last_row() -> Iterator[None]:
         _ONLY_LAST.reset(token)
 
 
-class _Changed(nn.Module):
-    """A transformers module with another `forward`. Copies and pickles are transformers' own."""
-
-    def __reduce_ex__(self, _protocol: Any) -> Any:
-        own = {"attention", "copies", "epsilon", "last", "place", "rotation", "stack"}  # of this process
-        state = {name: value for name, value in self.__dict__.items() if name not in own}
-        return _blank, (type(self).__bases__[1],), state
-
-
-def _blank(original: type[nn.Module]) -> nn.Module:
-    return original.__new__(original)
-
-
-class _Norm(_Changed):
+class _Norm(Changed):
     """Root mean square normalization in five calls of nine, up to the rounding of float32."""
 
     weight: Tensor
@@ -87,7 +73,7 @@ def _normed(values: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
     return values.mul(mean.rsqrt_()).mul_(weight)
 
 
-class _Joined(_Changed):
+class _Joined(Changed):
     """A transformers module some of whose layers have their copies in common.
 
     It is what it was where these cannot be used: with gradients, in training, with hooks on a layer, or
@@ -193,37 +179,6 @@ class _Attention(_Joined):
         return found
 
 
-class _TowerAttention(_Changed):
-    """Self-attention of CLIP's and DINOv2's blocks, where every token sees every other."""
-
-    config: Any
-    head_dim: int
-    is_causal: bool
-    out_proj: Any
-    o_proj: Any
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **given: Any) -> Any:
-        learns = self.training or torch.is_grad_enabled()
-        sdpa = self.config._attn_implementation == "sdpa"  # noqa: SLF001 (its only name)
-        masked = attention_mask is not None or self.is_causal
-        if learns or not sdpa or masked or not hidden_states.is_cpu:
-            return super().forward(hidden_states, attention_mask, **given)
-        projected = (getattr(self, name)(hidden_states) for name in ("q_proj", "k_proj", "v_proj"))
-        by_head = [each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projected]
-        queries, keys, values = by_head
-        outward = self.out_proj if hasattr(self, "out_proj") else self.o_proj
-        return outward(looked_at_all(queries, keys, values, self.head_dim**-0.5)), None
-
-
-class _QuickGELU(_Changed):
-    """CLIP's activation in one place, bit for bit: caches do not hold three times what patches take."""
-
-    def forward(self, input: Tensor) -> Any:  # noqa: A002 (the base class's name for it)
-        if torch.is_grad_enabled() or not input.is_cpu:
-            return super().forward(input)
-        return input.mul(1.702).sigmoid_().mul_(input)
-
-
 class _GatedMLP(_Joined):
     """`down(act(gate(x)) * up(x))`."""
 
@@ -242,32 +197,6 @@ def _activated(products: Tensor, activation: Callable[[Tensor], Tensor]) -> Tens
     """`activation(gate) * up`, of both side by side."""
     gate, up = products.chunk(2, dim=-1)
     return activation(gate).mul_(up)
-
-
-class Untouched:
-    """Modules, and whether they are as they were: none watched, trained, or in the place of another."""
-
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        every = list(modules)
-        self._parents = [module for module in every if module._modules]  # noqa: SLF001 (no public name)
-        self._places = [
-            (parent._modules, name, module)  # noqa: SLF001
-            for parent in self._parents
-            for name, module in parent._modules.items()  # noqa: SLF001
-        ]
-        self._hooks = [
-            hooks
-            for module in every
-            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
-        ]
-
-    def __bool__(self) -> bool:
-        return not (
-            _has_any_global_hook()
-            or any(self._hooks)
-            or any(places[name] is not module for places, name, module in self._places)
-            or any(parent.training for parent in self._parents)
-        )
 
 
 class _Parts:
@@ -369,7 +298,7 @@ class Stack:
         return states
 
 
-class _Layer(_Changed):
+class _Layer(Changed):
     """A language model's layer whose parts are called past `nn.Module` where its `stack` says so.
 
     The last one: see `only_last_row`.
@@ -416,8 +345,6 @@ JOINED: Mapping[str, Any] = {
 """Transformers' modules, by their names, that compute what these do."""
 ATTENTION = frozenset(name for name, change in JOINED.items() if change is _Attention)
 """Those of them that attend."""
-TOWER_ATTENTION = {"CLIPAttention", "Dinov2Attention"}
-"""Transformers' modules, by their names, that may be a `_TowerAttention`."""
 LAYERS = {"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2_5_VLDecoderLayer"}
 """Transformers' layers, by their names, that may be a `_Layer`."""
 NORMS = {"LlamaRMSNorm", "MistralRMSNorm", "Qwen2_5_VLRMSNorm"}
@@ -426,11 +353,6 @@ SILU = {SiLUActivation, nn.SiLU}
 """Activations that are torch's function."""
 PRODUCTS = 4
 """Of a layer: queries, keys and values; behind the attention; gate and up; down."""
-
-
-@cache
-def _changed_class(original: Any, change: Any) -> Any:
-    return type(original.__name__, (change, original), {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -473,7 +395,23 @@ class _Group:
         self.holder.copies = copies
         if not isinstance(self.holder, CpuLinear | _Joined):
             original: Any = type(self.holder)
-            self.holder.__class__ = _changed_class(original, JOINED[original.__name__])
+            self.holder.__class__ = changed_class(original, JOINED[original.__name__])
+
+
+class _FusedGroup(_Group):
+    """The layers of a tower's MLP, which are packed with the activation between them."""
+
+    __slots__ = ()
+
+    @property
+    def halved(self) -> bool:
+        return False
+
+    def halve(self) -> list[_Group]:
+        return [self]
+
+    def pack(self) -> None:
+        fuse(self.holder)
 
 
 def use_cpu_products(
@@ -517,8 +455,8 @@ def _change_others(model: nn.Module) -> None:
     for module in modules:
         if type(module).__name__ in NORMS:
             _change_norm(module)
-        elif type(module) is QuickGELUActivation:
-            module.__class__ = _changed_class(QuickGELUActivation, _QuickGELU)
+        else:
+            change_activation(module)
     for module in modules:
         layers = getattr(module, "layers", None)
         if isinstance(layers, nn.ModuleList):
@@ -532,16 +470,16 @@ def _change_attention(model: nn.Module) -> None:
         changed: Any = module
         original: Any = type(module)
         if original.__name__ in ATTENTION:
-            changed.__class__ = _changed_class(original, _Attention)
+            changed.__class__ = changed_class(original, _Attention)
             changed.rotation, changed.attention = rotation, attention
-        elif original.__name__ in TOWER_ATTENTION:
-            changed.__class__ = _changed_class(original, _TowerAttention)
+        else:
+            change_tower_attention(module)
 
 
 def _change_norm(norm: Any) -> None:
     original: Any = type(norm)
     norm.epsilon = torch.tensor(norm.variance_epsilon)
-    norm.__class__ = _changed_class(original, _Norm)
+    norm.__class__ = changed_class(original, _Norm)
 
 
 def _change_layers(layers: nn.ModuleList) -> None:
@@ -551,7 +489,7 @@ def _change_layers(layers: nn.ModuleList) -> None:
     changed: list[Any] = list(layers)
     for place, layer in enumerate(changed):
         original: Any = type(layer)
-        layer.__class__ = _changed_class(original, _Layer)
+        layer.__class__ = changed_class(original, _Layer)
         layer.place, layer.last, layer.stack = place, layer is changed[-1], None
     joined = all(
         isinstance(layer.self_attn, _Attention)
@@ -582,6 +520,9 @@ def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:
             if _alike(layers):
                 joined |= {*layers}
                 yield _Group(module, layers, part)
+        elif (fusible := fusible_layers(module)) is not None:
+            joined |= {*fusible}
+            yield _FusedGroup(module, fusible, part)
         elif isinstance(module, CpuLinear) and module not in joined:
             yield _Group(module, (module,), part)
 

@@ -61,13 +61,32 @@ class Copies:
     Several stand one above the other, and their products [..., outputs] side by side. They are made again
     when another weight takes the place of one.
 
+    takes, gives: what they multiply is so many times the values, and so many times their product comes of it.
+    activation: name and algorithm of one that torch has oneDNN compute of that; no copy in 16 bits can.
     packed: in oneDNN's order, as large as the weights. half: in 16 bits, which hold every weight as it is.
     """
 
-    __slots__ = ("_bias", "_format", "_made_of", "half", "layers", "packed")
+    __slots__ = (
+        "_activation",
+        "_bias",
+        "_format",
+        "_gives",
+        "_made_of",
+        "_takes",
+        "half",
+        "layers",
+        "packed",
+    )
 
-    def __init__(self, *layers: CpuLinear) -> None:
+    def __init__(
+        self,
+        *layers: CpuLinear,
+        takes: float = 1.0,
+        gives: float = 1.0,
+        activation: tuple[str, str] = ("none", ""),
+    ) -> None:
         self.layers = layers
+        self._takes, self._gives, self._activation = takes, gives, activation
         self.packed: Tensor | None = None
         self.half: HalfWeight | None = None
         self._note()
@@ -76,7 +95,7 @@ class Copies:
         """What the copies are made of."""
         self._format = self.layers[0].weight.dtype
         biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
-        self._bias = _above(biases) if biases else None
+        self._bias = _times(_above(biases), self._gives) if biases else None
         self._made_of = self._identities()
 
     def pack(self) -> None:
@@ -113,7 +132,7 @@ class Copies:
             return self.half.product(values, self._bias)
         if self.packed is None:
             raise RuntimeError("no copy serves so many rows")
-        return _product(values, self.packed, self._bias)
+        return _product(values, self.packed, self._bias, *self._activation)
 
     def fit(self, values: Tensor) -> bool:
         """Whether these are of their format, in the memory of the processor."""
@@ -131,7 +150,7 @@ class Copies:
         return True
 
     def _weight(self) -> Tensor:
-        return _above([layer.weight.detach() for layer in self.layers])
+        return _times(_above([layer.weight.detach() for layer in self.layers]), self._gives / self._takes)
 
     def _identities(self) -> list[int]:
         """Others after another tensor took a parameter's place, or one was changed in place.
@@ -152,9 +171,16 @@ def _above(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
 
-def _product(values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _times(values: Tensor, factor: float) -> Tensor:
+    """Those times 1 are not copied."""
+    return values if factor == 1 else values * factor
+
+
+def _product(
+    values: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", algorithm: str = ""
+) -> Tensor:
     product: Tensor = torch.ops.mkldnn._linear_pointwise.default(  # noqa: SLF001 (what torch's compiler calls)
-        values, weight, bias, "none", [], ""
+        values, weight, bias, activation, [], algorithm
     )
     return product
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prismprune.cpu_layers import Untouched, stack_of
+from prismprune.cpu_changes import Untouched
+from prismprune.cpu_layers import stack_of
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,10 +12,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import profile
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    Dinov2Config,
-    Dinov2Model,
     LlamaConfig,
     LlamaModel,
     MistralConfig,
@@ -25,7 +21,7 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
 
-from prismprune import cpu_attention, cpu_products
+from prismprune import cpu_products
 from prismprune.batches import roomy_cache
 from prismprune.cpu_layers import only_last_row, use_cpu_products
 from prismprune.cpu_products import FEW_ROWS, CpuLinear, available
@@ -57,18 +53,6 @@ MODELS: dict[str, Callable[[], Any]] = {
             **SIZES, rope_parameters={"rope_type": "default", "mrope_section": [2, 2, 4], "rope_theta": 1e4}
         )
     ),
-}
-SIZES_OF_A_TOWER: dict[str, Any] = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": LAYERS,
-    "num_attention_heads": 8,
-    "image_size": 42,
-    "patch_size": 3,
-}
-TOWERS: dict[str, Callable[[], Any]] = {
-    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES_OF_A_TOWER)),
-    "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES_OF_A_TOWER, mlp_ratio=2)),
 }
 pytestmark = pytest.mark.skipif(not available(), reason="these products are used on x86 CPUs alone")
 
@@ -187,32 +171,6 @@ def test_numbers_of_16_bits(kind: str, room: int, padding: int) -> None:
         ):
             torch.testing.assert_close(own.float(), wanted, rtol=5e-2, atol=1e-1)
     assert len(watched) == len(lengths)
-
-
-@pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("products", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_towers(monkeypatch: pytest.MonkeyPatch, tower: str, products: bool, dtype: torch.dtype) -> None:
-    """Two views, whether or not products are faster on this CPU; a part that is watched is called."""
-    monkeypatch.setattr(cpu_attention, "has_faster_products", lambda own: products and own is torch.bfloat16)
-    torch.manual_seed(0)
-    plain = TOWERS[tower]().eval()
-    changed = copy.deepcopy(plain).to(dtype)
-    use_cpu_products(changed, EVERYTHING)
-    watched: list[Tensor] = []
-    for name, module in changed.named_modules():
-        if name.endswith(("k_proj", "out_proj", "o_proj")):
-            module.register_forward_hook(lambda *seen: watched.append(seen[-1]))
-    pixels = torch.randn(2, 3, 42, 42)
-    with torch.inference_mode(), profile() as seen:
-        own = changed(pixels.to(dtype)).last_hidden_state
-    with torch.inference_mode():
-        wanted = plain(pixels).last_hidden_state
-    near = {torch.float32: 1e-5, torch.bfloat16: 1e-1}[dtype]
-    torch.testing.assert_close(own.float(), wanted, rtol=near, atol=near)
-    assert len(watched) == 2 * LAYERS
-    multiplied = any(event.name == "aten::bmm" for event in seen.events())
-    assert multiplied is (products and dtype is torch.bfloat16)
 
 
 @pytest.mark.parametrize("room", [0, EVERYTHING])
@@ -365,26 +323,6 @@ def test_norms_are_transformers(kind: str, dtype: torch.dtype) -> None:
         with torch.inference_mode():
             own, wanted = (model.to(dtype).norm(values) for model in (joined, plain))
         torch.testing.assert_close(own, wanted, rtol=rounding, atol=rounding)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_towers_activation_is_transformers(dtype: torch.dtype) -> None:
-    """Bit for bit, with gradients and without, and what it is given stays as it is."""
-    plain: Any = TOWERS["clip"]().encoder.layers[0].mlp.activation_fn
-    changed = nn.Sequential(copy.deepcopy(plain))
-    use_cpu_products(changed)
-    assert type(changed[0]) is not type(plain)
-    values = torch.randn(3, 70, generator=torch.Generator().manual_seed(1)).to(dtype)
-    before = values.clone()
-    with torch.inference_mode():
-        assert torch.equal(changed(values), plain(values))
-    assert torch.equal(values, before)
-    wanted, own = (values.clone().requires_grad_() for _ in range(2))
-    plain(wanted).sum().backward()
-    changed(own).sum().backward()
-    assert own.grad is not None
-    assert wanted.grad is not None
-    assert torch.equal(own.grad, wanted.grad)
 
 
 def test_gradients_are_transformers() -> None:

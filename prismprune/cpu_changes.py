@@ -1,0 +1,59 @@
+"""Modules of transformers that compute in another way on a CPU, and whether somebody would notice."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+OF_THIS_PROCESS = {"attention", "copies", "epsilon", "fused", "last", "place", "rotation", "stack"}
+"""Attributes of changed modules that are neither copied nor pickled."""
+
+
+class Changed(nn.Module):
+    """A transformers module with another `forward`. Copies and pickles are transformers' own."""
+
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name not in OF_THIS_PROCESS}
+        return _blank, (type(self).__bases__[1],), state
+
+
+def _blank(original: type[nn.Module]) -> nn.Module:
+    return original.__new__(original)
+
+
+@cache
+def changed_class(original: Any, change: Any) -> Any:
+    """The class of an `original` with the `change`, a `Changed`; it has the original's name."""
+    return type(original.__name__, (change, original), {})
+
+
+class Untouched:
+    """Modules, and whether they are as they were: none watched, trained, or in the place of another."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        every = list(modules)
+        self._parents = [module for module in every if module._modules]  # noqa: SLF001 (no public name)
+        self._places = [
+            (parent._modules, name, module)  # noqa: SLF001
+            for parent in self._parents
+            for name, module in parent._modules.items()  # noqa: SLF001
+        ]
+        self._hooks = [
+            hooks
+            for module in every
+            for hooks in (module._forward_hooks, module._forward_pre_hooks)  # noqa: SLF001
+        ]
+
+    def __bool__(self) -> bool:
+        return not (
+            _has_any_global_hook()
+            or any(self._hooks)
+            or any(places[name] is not module for places, name, module in self._places)
+            or any(parent.training for parent in self._parents)
+        )
