@@ -253,9 +253,12 @@ class Stack:
 
     That is looked into once a pass, for all of them: few rows leave no part of a layer in the processor's
     caches, and to look at it costs as much as a call.
+
+    began: called whenever one of them begins; see `watch_layers`.
     """
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
+        self.began: Callable[[], object] | None = None
         self._attention: _Attention = layers[0].self_attn
         self._parts = [_Parts(layer) for layer in layers]
         self._copies = [copies for parts in self._parts for copies in parts.copies]
@@ -294,6 +297,8 @@ class Stack:
     def run(self, states: Tensor, **given: Any) -> Tensor:
         """What all layers make of these [B, L, hidden], where they may. given: as to a layer."""
         for parts in self._parts:
+            if self.began is not None:
+                self.began()
             states = parts.run(states, only=False, **given)
         return states
 
@@ -322,6 +327,8 @@ class _Layer(Changed):
     def forward(self, hidden_states: Tensor, **given: Any) -> Any:
         only = self.last and hidden_states.shape[1] > 1 and _ONLY_LAST.get()
         if self.stack is not None:
+            if self.stack.began is not None:
+                self.stack.began()
             parts = self.stack.parts(self.place, hidden_states, given.get("position_embeddings"))
             if parts is not None:
                 return parts.run(hidden_states, only=only, **given)
@@ -332,6 +339,20 @@ class _Layer(Changed):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **given)
         last = hidden_states[:, -1:] + attended[:, -1:]
         return last + self.mlp(self.post_attention_layernorm(last))
+
+
+def watch_layers(model: nn.Module, began: Callable[[], object]) -> None:
+    """Have `began` called whenever a layer begins: of the tower, of the language model, of any stack.
+
+    Layers of a `Stack` tell it themselves. A hook on one would be somebody who wants to see what it is given,
+    and for whom it is called as a module, with all of its parts.
+    """
+    for module in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for layer in module:
+            if isinstance(layer, _Layer) and layer.stack is not None:
+                layer.stack.began = began
+            else:
+                layer.register_forward_pre_hook(lambda *_: began())
 
 
 JOINED: Mapping[str, Any] = {

@@ -237,7 +237,7 @@ class Engine(Generic[M]):
         since = self._progress_at
         return 0.0 if since is None else time.monotonic() - since
 
-    def progress(self, *_: object) -> None:
+    def progress(self) -> None:
         """The batch at work has come a step further: a token, or a layer of the model."""
         if self._progress_at is not None:
             self._progress_at = time.monotonic()

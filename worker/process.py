@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 from celery.platforms import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
 from PIL import Image
-from torch.nn import ModuleList
 
 from prismprune import METHODS, PrismError, PrunedVLM
 from prismprune.caching import EncodingCache
+from prismprune.cpu_layers import watch_layers
 from prismprune.errors import with_cause
 from prismprune.heap import keep_freed_memory
 from worker.app import create_app, send_again
@@ -203,7 +203,7 @@ class WorkerProcess:
             cuda_graph_bytes=settings.cuda_graph_bytes,
             progress=_Progress(),
         )
-        _watch_layers(model.model, self._engine.progress)
+        watch_layers(model.model, self._engine.progress)
         # The first pass allocates and compiles what later ones find ready; on CUDA the second one records.
         picture = Image.new("RGB", (64, 64))
         for _ in range(2 if model.device.type == "cuda" else 1):
@@ -277,13 +277,6 @@ def _later(seconds: float, action: Callable[[], object]) -> None:
     timer = threading.Timer(seconds, action)
     timer.daemon = True
     timer.start()
-
-
-def _watch_layers(model: Any, progress: Callable[..., None]) -> None:
-    """Calls `progress` whenever a layer begins: of the tower, of the language model, of any stack."""
-    for stack in [module for module in model.modules() if isinstance(module, ModuleList)]:
-        for layer in stack:
-            layer.register_forward_pre_hook(progress)
 
 
 def _configure_logging(level: str) -> None:

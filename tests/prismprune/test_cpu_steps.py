@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 
 from prismprune import PrunedVLM, cpu_products
 from prismprune.batches import Batch, roomy_cache
-from prismprune.cpu_layers import use_cpu_products
+from prismprune.cpu_layers import use_cpu_products, watch_layers
 from prismprune.cpu_products import Copies, available
 from prismprune.cpu_steps import CpuSteps
 from tests.prismprune.families import CHECKPOINTS
@@ -168,6 +168,28 @@ def test_weights_are_looked_at_once_a_prompt(llava: Any, monkeypatch: pytest.Mon
     for _ in range(3):
         assert not is_left_to_the_model(steps, batch)
     assert looked == [head] * 3
+
+
+@torch.inference_mode()
+def test_layers_tell_that_they_begin(llava: Any) -> None:
+    """Without the model having to take the step for it."""
+    told = list[int]()
+    watch_layers(llava, lambda: told.append(1))
+    batch = started(llava)
+    layers = len(llava.model.language_model.layers)
+    assert len(told) == layers
+    assert not is_left_to_the_model(steps_of(llava), batch)
+    assert len(told) == 2 * layers
+
+
+def test_layers_that_others_call_tell_that_they_begin() -> None:
+    """Of every stack of a model, so that a slow prompt is not taken for one that hangs."""
+    told = list[int]()
+    tower, decoder = (nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)]) for _ in range(2))
+    watch_layers(nn.ModuleList([tower, decoder]), lambda: told.append(len(told)))
+    for layer in (*tower, *decoder):
+        layer(torch.zeros(1, 2))
+    assert told == [0, 1, 2, 3]
 
 
 @torch.inference_mode()

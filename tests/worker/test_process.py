@@ -12,12 +12,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 from urllib.request import urlopen
 
-import torch
+import pytest
 from celery import Celery
 from prometheus_client.parser import text_string_to_metric_families
-from torch.nn import Linear, ModuleList
+from transformers.models.llama.modeling_llama import LlamaModel
 
-from tests.prismprune.tiny import PATCHES, save_tiny_llava
+from prismprune import cpu_products
+from prismprune.cpu_products import available
+from tests.prismprune.tiny import PATCHES, picture, save_tiny_llava
 from tests.replies import entries, field, state
 from worker import process
 from worker.contract import (
@@ -33,12 +35,12 @@ from worker.contract import (
     job_key,
     queue_name,
 )
+from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-    import pytest
     from redis import Redis
 
     from tests.worker.conftest import MakeJob
@@ -165,11 +167,28 @@ def test_a_dead_engine_ends_the_process(
     assert "secret" not in caplog.text
 
 
-def test_each_layer_is_a_sign_of_progress() -> None:
-    """Of every stack of the model, so that a slow prefill is not taken for one that hangs."""
-    heard: list[object] = []
-    tower, decoder = (ModuleList([Linear(2, 2), Linear(2, 2)]) for _ in range(2))
-    process._watch_layers(ModuleList([tower, decoder]), lambda *call: heard.append(call[0]))
-    for layer in (*tower, *decoder):
-        layer(torch.zeros(1, 2))
-    assert heard == [*tower, *decoder]
+@pytest.mark.skipif(not available(), reason="these steps are taken on x86 CPUs alone")
+def test_a_loaded_model_is_watched_and_none_the_slower(
+    monkeypatch: pytest.MonkeyPatch, broker_url: str, media_url: str, tmp_path: Path
+) -> None:
+    """A step goes past transformers' modules, and each layer of it is a sign of progress all the same."""
+    monkeypatch.setattr(cpu_products, "mkl_is_fast", lambda: False)
+    path = str(save_tiny_llava(tmp_path / "tiny"))
+    worker = process.WorkerProcess(
+        WorkerSettings(model=path, device="cpu", broker_url=broker_url, media_url=media_url), "name", -1
+    )
+    heard, fed = list[str](), list[int]()
+    monkeypatch.setattr(worker._engine, "progress", lambda: heard.append("layer"))
+    model, forward = worker._load(), LlamaModel.forward
+
+    def noted(self: Any, *args: Any, **given: Any) -> Any:
+        fed.append(given["inputs_embeds"].shape[1])
+        return forward(self, *args, **given)
+
+    monkeypatch.setattr(LlamaModel, "forward", noted)
+    heard.clear()
+    answer = model.answer(picture(), "What is it?", token_budget=8, max_new_tokens=4)
+    assert fed == [answer.prompt_tokens]
+    text, vision = model.model.config.text_config, model.model.config.vision_config
+    assert len(answer.token_ids) == 4
+    assert len(heard) >= 4 * text.num_hidden_layers + vision.num_hidden_layers - 1
