@@ -113,9 +113,10 @@ def fusible_layers(module: Any) -> tuple[CpuLinear, CpuLinear] | None:
     if type(module).__name__ not in MLPS or type(module.activation_fn) not in ACTIVATIONS:
         return None
     first, second = module.fc1, module.fc2
+    if not (isinstance(first, CpuLinear) and isinstance(second, CpuLinear)):
+        return None
     exact = first.weight.dtype is torch.float32 or ACTIVATIONS[type(module.activation_fn)].factor == 1
-    known = isinstance(first, CpuLinear) and isinstance(second, CpuLinear)
-    return (first, second) if known and exact and first.weight.dtype is second.weight.dtype else None
+    return (first, second) if exact and first.weight.dtype is second.weight.dtype else None
 
 
 def fuse(module: Any) -> None:
