@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import httpx
@@ -20,7 +20,6 @@ from service.serve.machine import free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 LOOPBACK = "127.0.0.1"
 START_S = 1800
@@ -32,9 +31,9 @@ READY_S = 60
 REST_S, REST_WITHIN_S = 0.5, 10.0
 BUSY = 0.1
 """Of a core, at rest: heartbeats and the like."""
-LOOK_S = 0.25
-REST = 50
-"""How many times as long as a look at a server's memory took nobody looks again: it takes the cores' time."""
+PROC = Path("/proc")
+FORGET_PEAK = "5"
+"""What the kernel reads in a process's `clear_refs` as to begin anew with its peak."""
 
 
 @dataclass(frozen=True)
@@ -90,24 +89,14 @@ class Server:
     @contextmanager
     def watched(self) -> Iterator[Usage]:
         """Fills what it yields while the block runs."""
-        usage, over = Usage(), threading.Event()
+        usage = Usage()
+        _forget_peaks(self.process)
         before = tree_cpu_s(self.process)
-
-        def look() -> None:
-            while True:
-                began = time.perf_counter()
-                usage.peak_bytes = max(usage.peak_bytes, tree_bytes(self.process))
-                if over.wait(max(LOOK_S, REST * (time.perf_counter() - began))):
-                    return
-
-        watcher = threading.Thread(target=look)
-        watcher.start()
         try:
             yield usage
         finally:
-            over.set()
-            watcher.join()
             usage.cpu_s = tree_cpu_s(self.process) - before
+            usage.peak_bytes = tree_peak_bytes(self.process)
 
 
 def at_rest(servers: Sequence[Server]) -> bool:
@@ -133,13 +122,33 @@ class Usage:
     cpu_s: float = 0.0
 
 
-def tree_bytes(root: psutil.Process) -> int:
-    """Proportional set size of a process and all its descendants: what they share counts once."""
+def tree_peak_bytes(root: psutil.Process) -> int:
+    """The most memory of a process tree since `_forget_peaks`; what its processes share counts once.
+
+    Their proportional set sizes now, and by how much the resident set of each was once above what it is: an
+    upper bound, as not all need be at their most at once. The kernel keeps it. To look at the sizes meanwhile
+    would hold up a server of gigabytes by a twentieth of a second each time.
+    """
     total = 0
     for process in _tree(root):
-        with suppress(psutil.NoSuchProcess):
-            total += process.memory_full_info().pss
+        with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            total += process.memory_full_info().pss + _above_now(process)
     return total
+
+
+def _above_now(process: psutil.Process) -> int:
+    """Bytes by which a process's resident set was at its peak above what it is now."""
+    lines = (PROC / str(process.pid) / "status").read_text().splitlines()
+    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    peak, now = (int(sizes.get(name, "0 kB").split()[0]) for name in ("VmHWM", "VmRSS"))
+    return max(0, peak - now) * 1024
+
+
+def _forget_peaks(root: psutil.Process) -> None:
+    """From now on the kernel keeps new peaks of the resident sets of a process tree."""
+    for process in _tree(root):
+        with suppress(ProcessLookupError, FileNotFoundError):
+            (PROC / str(process.pid) / "clear_refs").write_text(FORGET_PEAK)
 
 
 def tree_cpu_s(root: psutil.Process) -> float:

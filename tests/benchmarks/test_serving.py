@@ -83,6 +83,30 @@ def test_a_round_waits_until_no_server_works(monkeypatch: pytest.MonkeyPatch) ->
                 process.kill()
 
 
+def test_a_servers_memory_is_its_most_since_the_round_began() -> None:
+    """Also what it gave back before the round's end, and not what it had before the beginning."""
+    work = "import sys\nfor line in sys.stdin: held = bytearray(int(line)); del held; print(flush=True)"
+    with psutil.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+
+        def hold(size: int) -> None:
+            process.stdin.write(f"{size}\n".encode())
+            process.stdin.flush()
+            process.stdout.readline()
+
+        peaks = []
+        try:
+            hold(400 * 2**20)
+            for size in (1, 200 * 2**20):
+                with Server(Words(), "", process).watched() as usage:
+                    hold(size)
+                peaks.append(usage.peak_bytes)
+        finally:
+            process.kill()
+    without, peak = peaks
+    assert 0 < without < 100 * 2**20
+    assert 190 * 2**20 < peak < 300 * 2**20
+
+
 def test_while_one_server_is_asked_the_others_are_stopped(keeper: Keeper) -> None:
     """However the round ends; then they go on."""
     one, other = keeper.start(Words()), keeper.start(Words())
