@@ -27,6 +27,7 @@ from worker.contract import (
     JobEvent,
     JobState,
     Problem,
+    broker_tls,
     events_channel,
     events_key,
     job_key,
@@ -172,6 +173,7 @@ def producer(broker_url: str, timeout_s: float) -> Celery:
     app.conf.update(
         task_ignore_result=True,
         broker_connection_timeout=timeout_s,
+        broker_use_ssl=broker_tls(broker_url),
         broker_pool_limit=PUBLISHERS,
         broker_transport_options={
             "socket_timeout": timeout_s,

@@ -8,7 +8,7 @@ from celery import Celery
 from celery.exceptions import Reject
 from redis.exceptions import RedisError
 
-from worker.contract import TASK_ANSWER, queue_name
+from worker.contract import TASK_ANSWER, broker_tls, queue_name
 from worker.errors import JobGivenBackError
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def _configuration(settings: WorkerSettings) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,
         "broker_connection_timeout": 5,
+        "broker_use_ssl": broker_tls(settings.broker_url),
         "worker_cancel_long_running_tasks_on_connection_loss": False,
         "broker_transport_options": {
             "visibility_timeout": settings.visibility_timeout_s,

@@ -6,9 +6,10 @@ Pydantic only. Media never crosses: a job carries references into the media stor
 from __future__ import annotations
 
 import re
+import ssl
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distribution
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -54,6 +55,14 @@ def queue_name(model: str) -> str:
 def redis_url(broker_url: str) -> str:
     """The broker's URL as redis-py writes it; Celery's `redis+socket://` names a unix socket."""
     return broker_url.replace("redis+socket://", "unix://", 1)
+
+
+def broker_tls(broker_url: str) -> dict[str, Any]:
+    """Celery's `broker_use_ssl`: to verify, as redis-py does, unless `ssl_...` in the URL say otherwise.
+
+    Without it kombu takes any certificate.
+    """
+    return {"ssl_cert_reqs": ssl.CERT_REQUIRED} if broker_url.startswith("rediss:") else {}
 
 
 def _exportable(endpoint: str) -> str:
