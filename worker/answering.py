@@ -23,19 +23,22 @@ from worker.contract import (
 if TYPE_CHECKING:
     from prismprune.media import Clip, MediaLimits, Picture
     from prismprune.results import Answer
+    from worker.contract import MediaRef
     from worker.engine import Answered
     from worker.store import MediaStore
 
 
 def decode(job: AnswerJob, store: MediaStore, limits: MediaLimits) -> tuple[Picture | Clip, ...]:
-    """The job's media out of the store, decoded. Raises `MediaNotFoundError` and what decoding raises."""
+    """The job's media out of the store, decoded. Raises what the store and decoding raise."""
     sampling = FrameSampling(**job.sampling.model_dump())
-    return tuple(
-        decode_video(store.read(ref), sampling, limits)
-        if ref.modality == "video"
-        else decode_image(store.read(ref), limits)
-        for ref in job.media
-    )
+
+    def medium(ref: MediaRef) -> Picture | Clip:
+        if ref.modality == "image":
+            return decode_image(store.read(ref), limits)
+        with store.file(ref) as path:
+            return decode_video(path, sampling, limits)
+
+    return tuple(map(medium, job.media))
 
 
 def visual_request(job: AnswerJob, default_budget: int | Literal["all"]) -> VisualRequest:

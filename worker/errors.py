@@ -48,6 +48,14 @@ class MediaNotFoundError(PrismError):
     title = "Media not found"
 
 
+class StoreAwayError(PrismError):
+    """The media store does not answer, or not this worker."""
+
+    slug = "media-store-away"
+    status = 503
+    title = "Media store away"
+
+
 class JobGivenBackError(Exception):
     """The job waits in the queue again; its delivery has to go back there, too."""
 

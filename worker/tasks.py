@@ -32,6 +32,7 @@ from worker.story import Story
 
 if TYPE_CHECKING:
     from prismprune.vlm import VisualRequest
+    from worker.contract import Modality
     from worker.engine import Answered, Engine, Ticket
     from worker.jobs import Jobs
     from worker.metrics import WorkerMetrics
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from worker.tracing import AttemptSpans
 
 log = logging.getLogger(__name__)
+
+VIDEOS_AT_ONCE = 4
+"""Decoded in one worker: each may take a gigabyte for a moment, here and in its decoder's process."""
 
 
 class JobRunner:
@@ -66,7 +70,10 @@ class JobRunner:
         self._metrics = metrics
         self._default_budget = default_budget
         # A decode cannot be interrupted, only left behind; so many of them at once cannot harm.
-        self._decoders = ThreadPoolExecutor(decoders, thread_name_prefix="decoder")
+        self._decoders: dict[Modality, ThreadPoolExecutor] = {
+            "image": ThreadPoolExecutor(decoders, thread_name_prefix="decoder"),
+            "video": ThreadPoolExecutor(min(decoders, VIDEOS_AT_ONCE), thread_name_prefix="video-decoder"),
+        }
         self._limits = limits
         self._company = Company()
         self._spans = spans
@@ -150,8 +157,11 @@ class JobRunner:
         """Media that were encoded before are not even decoded."""
         if (encoded := self._engine.encoded(request)) is not None:
             return replace(request, encoded=encoded)
-        decoding = self._decoders.submit(decode, job, self._store, self._limits)
-        media = result_within(decoding, claim.stop, deadline)
+        decoding = self._decoders[job.modality].submit(decode, job, self._store, self._limits)
+        try:
+            media = result_within(decoding, claim.stop, deadline)
+        finally:
+            decoding.cancel()  # one that waits for its turn: nobody wants it any longer
         for ref, clip in zip(job.media, media, strict=True):
             if isinstance(clip, Clip) and clip.total_frames is not None:
                 self._jobs.describe(ref.id, *clip.size, clip.total_frames)

@@ -273,11 +273,11 @@ class Worker:
             on_death=lambda _: None,
         )
         store = MediaStore(media_url)
-        self._run = JobRunner(self.jobs, store, self.engine, self.metrics, default_budget=64, decoders=2)
+        self.runner = JobRunner(self.jobs, store, self.engine, self.metrics, default_budget=64, decoders=2)
 
     def run(self, job: AnswerJob) -> None:
         """Delivers the job, as Celery does."""
-        self._run(job.id, job.model_dump(mode="json"))
+        self.runner(job.id, job.model_dump(mode="json"))
 
     def deliver(self, job: AnswerJob) -> threading.Thread:
         """Delivers the job to a thread of the pool."""

@@ -252,7 +252,7 @@ def test_a_suspect_that_nobody_can_read_fails_and_holds_up_nobody(worker: Worker
     suspect = make_job("suspect")
     tiny_jobs(worker.redis).claim(suspect.id)
     worker.redis.delete(lease_key(suspect.id))
-    worker._run(suspect.id, suspect.model_dump(mode="json") | {"feature_of_tomorrow": 1})
+    worker.runner(suspect.id, suspect.model_dump(mode="json") | {"feature_of_tomorrow": 1})
     assert worker.state(suspect) is JobState.FAILED
     other = make_job("other")
     thread = worker.deliver(other)
@@ -403,7 +403,7 @@ def test_a_job_of_another_version_fails(
 ) -> None:
     """A field that this worker does not know ends the job instead of coming back for ever."""
     job = make_job("secret question")
-    worker._run(job.id, job.model_dump(mode="json") | {"feature_of_tomorrow": "secret"})
+    worker.runner(job.id, job.model_dump(mode="json") | {"feature_of_tomorrow": "secret"})
     assert worker.state(job) is JobState.FAILED
     assert "feature_of_tomorrow" in caplog.text
     assert "secret" not in caplog.text
