@@ -37,6 +37,10 @@ class Sleep:
     shared_with: int = 0
     done: bool = False
 
+    @property
+    def lengths(self) -> list[int]:
+        return [1] * len(self.questions)
+
     def cancel(self) -> None:
         self.done = True
 
@@ -50,17 +54,22 @@ class Night:
 
     @property
     def tokens(self) -> int:
-        return len(self.pending)
+        return self.tokens_with(())
+
+    def tokens_with(self, more: Sequence[Sleep]) -> int:
+        return len(self.pending) + len(more)
 
     def encode(self, requests: Sequence[VisualRequest]) -> Sequence[VisualRequest]:
         return requests
 
-    def admit(self, requests: Sequence[VisualRequest]) -> list[Sleep]:
-        sleeps = [Sleep(request.questions) for request in requests]
-        self.pending += sleeps
+    @staticmethod
+    def prepare(request: VisualRequest) -> Sleep:
+        return Sleep(request.questions)
+
+    def join(self, requests: Sequence[Sleep]) -> None:
+        self.pending += requests
         for one in self.pending:
             one.shared_with = max(one.shared_with, len(self.pending) - 1)
-        return sleeps
 
     def step(self) -> list[tuple[Sleep, int, str]]:
         time.sleep(self.step_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -89,10 +90,15 @@ class Pending:
         """The most other requests that were in the session at one time with it."""
 
     @property
-    def tokens(self) -> int:
-        """Room that it may come to take in the cache: text, visual tokens and the longest answers."""
-        longest = sum(len(prompt.token_ids) for prompt in self.prompts)
-        return longest + len(self.prompts) * self.asked.generation.max_new_tokens
+    def lengths(self) -> list[int]:
+        """Of each question without its answer: tokens of its text, visual ones, and of the longest answer."""
+        longest = self.asked.generation.max_new_tokens
+        open_ends = [row.finish_reason is None for row in self.rows] or [True] * len(self.prompts)
+        return [
+            len(prompt.token_ids) + longest
+            for prompt, is_open in zip(self.prompts, open_ends, strict=True)
+            if is_open
+        ]
 
     @property
     def done(self) -> bool:
@@ -130,12 +136,18 @@ class Session:
         self._running = Running(decoder, None if cache is None else cache.prefixes)
         self._memory = PeakMemory(self._device)
         self._encoding_peak = 0  # what was seen since an encoding began: whose it is joins later
+        self._context = context_length(family.model.config.get_text_config())
         self.pending: list[Pending] = []
 
     @property
     def tokens(self) -> int:
         """Room in the cache that the pending requests may come to take."""
-        return sum(pending.tokens for pending in self.pending)
+        return self.tokens_with(())
+
+    def tokens_with(self, more: Sequence[Pending]) -> int:
+        """As `tokens`, were `more` among them. Rows of the cache are padded to the longest."""
+        lengths = [length for request in (*self.pending, *more) for length in request.lengths]
+        return len(lengths) * max(lengths, default=0)
 
     def ask(self, requests: Sequence[VisualRequest]) -> list[Pending]:
         """Encode the requests' media, those of one size in one run of the tower, and join.
@@ -186,14 +198,25 @@ class Session:
         return self._cache.get(request.encoding_key)
 
     def prepare(self, asked: Asked) -> Pending:
-        """Write the prompts of a request. Raises `UnknownModelError` if the chat template cannot."""
+        """Write the prompts of a request.
+
+        Raises `UnknownModelError` if the chat template cannot, `InvalidOptionError` where a prompt and the
+        longest answer to it are more than the model's context.
+        """
         watch = Stopwatch(self._device)
         encoded, system = asked.encoded, asked.generation.system
         prompts = [
             replace(self._family.prompt(text, system, encoded.visuals), media_key=asked.media_key)
             for text in asked.questions
         ]
-        return Pending(asked, prompts, watch.lap_ms())
+        pending = Pending(asked, prompts, watch.lap_ms())
+        if (longest := max(pending.lengths)) > self._context:
+            visual = encoded.visual_tokens.kept + encoded.visual_tokens.newlines
+            raise InvalidOptionError(
+                f"A prompt with its answer may take {longest} tokens, {visual} of them visual; the model's "
+                f"context has {self._context:g}. Ask with a smaller budget, fewer words or a shorter answer."
+            )
+        return pending
 
     def join(self, requests: Sequence[Pending]) -> None:
         """Prefill the requests' prompts; their first tokens come with a later step.
@@ -230,8 +253,12 @@ class Session:
         return [self._answer(request, row.outcome()) for row in request.rows]
 
     def make_room(self) -> bool:
-        """Drop what takes memory only to be faster; False if there was none of it."""
-        kept = [each for each in (self._cache, self._decoder.replay) if each is not None and each.bytes]
+        """Drop what takes memory only to be faster; False if there was none of it.
+
+        Nobody may `encode` meanwhile: of what is dropped the recorded towers are read there.
+        """
+        faster = (self._cache, self._decoder.replay, self._family.tower_replay)
+        kept = [each for each in faster if each is not None and each.bytes]
         for each in kept:
             each.clear()
         return bool(kept)
@@ -257,6 +284,24 @@ class Session:
             token_map=encoded.token_map,
             cached_tokens=visual.kept + visual.newlines if cached else 0,
         )
+
+
+def context_length(text_config: Any) -> float:
+    """Tokens that positions of a language model reach to; infinite where its config does not say.
+
+    Positions that are scaled reach further: `linear` and `dynamic` by their factor, `yarn` by its factor from
+    the length it began with. Others' lengths are those of their scaled positions already.
+    """
+    length: float = getattr(text_config, "max_position_embeddings", None) or math.inf
+    scaling = getattr(text_config, "rope_parameters", None) or {}
+    factor = scaling.get("factor") or 1.0
+    match scaling.get("rope_type"):
+        case "linear" | "dynamic":
+            return length * factor
+        case "yarn":
+            return max(length, factor * (scaling.get("original_max_position_embeddings") or length))
+        case _:
+            return length
 
 
 def _own_key(request: VisualRequest) -> Hashable:

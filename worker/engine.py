@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
 import torch
 
-from worker.errors import DeadlineExceededError, OutOfMemoryError
+from worker.errors import DeadlineExceededError, OutOfMemoryError, StoppedError
 from worker.line import Line
 from worker.stops import Stop, StopReason, result_within
 
@@ -33,11 +33,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+MOST_PADDING = 2
+"""A request's questions take the room of the longest each: so many times their own is too much, if it is more
+than others together may take."""
+LATE = "The deadline passed before the answer was complete."
+
 
 class Pending(Protocol):
     """A request on its way, as `prismprune.session.Pending`."""
 
     shared_with: int
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens that each question may come to take in the cache, with its answer."""
 
     @property
     def done(self) -> bool:
@@ -54,11 +63,17 @@ class Session(Protocol):
     def tokens(self) -> int:
         """Room in the cache that the pending requests may come to take."""
 
+    def tokens_with(self, more: Sequence[Any]) -> int:
+        """As `tokens`, were `more` among them."""
+
     def encode(self, requests: Sequence[VisualRequest]) -> Sequence[Any]:
         """Looks at the requests' media, and at nothing that `step` changes."""
 
-    def admit(self, asked: Sequence[Any]) -> Sequence[Pending]:
-        """Takes in what was encoded; if it raises, none of it."""
+    def prepare(self, asked: Any) -> Pending:
+        """Writes the prompts of one request that was encoded."""
+
+    def join(self, requests: Sequence[Any]) -> None:
+        """Takes in what was prepared; if it raises, none of it."""
 
     def step(self) -> Sequence[tuple[Any, int, str]]:
         """A token further; (request, question, new text) for each."""
@@ -131,7 +146,7 @@ class Ticket:
         """
         answered = result_within(self.future, self.stop, self.deadline, errand)
         if any(answer.finish_reason == "canceled" for answer in answered.answers):
-            raise DeadlineExceededError("The deadline passed before the answer was complete.")
+            raise DeadlineExceededError(LATE)
         return answered
 
     def cancel(self) -> None:
@@ -162,6 +177,20 @@ class _Work:
     request: Pending
     began: float
     joined: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A ticket whose request waits for room alone since `at` (monotonic). began: as of `_Work`."""
+
+    ticket: Ticket
+    request: Pending
+    began: float
+    at: float
+
+    def joining(self, joined: int) -> _Work:
+        """That it waited for room is no time of its own."""
+        return _Work(self.ticket, self.request, self.began + time.monotonic() - self.at, joined)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +244,7 @@ class Engine(Generic[M]):
         self._progress_at: float | None = None
         self._working: list[_Work] = []
         self._ahead: _Ahead | None = None
+        self._ready: list[_Ready] = []
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     def __enter__(self) -> Self:
@@ -277,7 +307,7 @@ class Engine(Generic[M]):
         try:
             self._session = self._new_session()
             self._overlap, self._beside = self._overlaps(model := self._model.result()), _stream(model)
-            while self._working or self._ahead or not self._line.closed:
+            while self._working or self._ahead or self._ready or not self._line.closed:
                 self._go_on()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: without this thread nothing is answered
             self._on_death(error)
@@ -286,7 +316,7 @@ class Engine(Generic[M]):
         return self._model.result().session(self._cache)
 
     def _go_on(self) -> None:
-        arrived = [] if self._ahead else self._gather()
+        arrived = [] if self._ahead or self._ready else self._gather()
         self._progress_at = time.monotonic()
         try:
             if arrived and self._working and self._overlap:
@@ -296,6 +326,8 @@ class Engine(Generic[M]):
                 self._step()  # their first tokens; the next is everyone's, so that arrivals hold up nobody
             elif self._ahead and (self._ahead.encoded.done() or not self._working):
                 self._join(self._ahead.tickets, ahead=True)
+                self._step()
+            elif self._ready and self._join_ready():
                 self._step()
             self._step()
         finally:
@@ -327,9 +359,22 @@ class Engine(Generic[M]):
         return not self._working or self._session.tokens < self._limits.max_tokens
 
     def _join(self, batch: Sequence[Ticket], *, ahead: bool = False) -> None:
-        """Takes them in; in parts where together they fail, and who fails alone is told."""
-        if (failure := self._taken_in(batch, ahead=ahead)) is None:
-            return
+        """Takes them in, as many as there is room for; in parts where together they fail."""
+        if (failed := self._taken_in(batch, ahead=ahead)) is not None:
+            self._in_parts(*failed)
+
+    def _join_ready(self) -> bool:
+        """Takes in those that waited for room, as many as there is; whether it was anybody."""
+        ready, self._ready = self._ready, []
+        waited = len(ready)
+        failed = self._admitted([each for each in ready if not _told_over(each.ticket)])
+        del ready  # it holds what was encoded
+        if failed is not None:
+            self._in_parts(*failed)
+        return len(self._ready) < waited
+
+    def _in_parts(self, batch: Sequence[Ticket], failure: Exception) -> None:
+        """Takes in those that failed together; who fails alone is told."""
         if len(batch) > 1:
             for part in _parts(batch, failure):
                 self._join(part)
@@ -338,18 +383,56 @@ class Engine(Generic[M]):
         else:
             _fail(batch[0], failure)
 
-    def _taken_in(self, batch: Sequence[Ticket], *, ahead: bool) -> Exception | None:
-        """None, or why none of them was; then nothing holds what was encoded, as memory may be short."""
+    def _taken_in(self, batch: Sequence[Ticket], *, ahead: bool) -> tuple[Sequence[Ticket], Exception] | None:
+        """Those that failed, and why: nothing holds what was encoded of them, as memory may be short."""
+        if not ahead:
+            batch = [ticket for ticket in batch if not _told_over(ticket)]
+        if not batch:
+            return None
         try:
             asked, began = self._encoded(batch, ahead=ahead)
-            requests = self._session.admit(asked)
         except Exception as error:  # noqa: BLE001 - it belongs to one job, which the future tells it to
-            return _kept(error)
-        self._working += [
-            _Work(ticket, request, began, len(batch)) for ticket, request in zip(batch, requests, strict=True)
-        ]
+            return batch, _kept(error)
+        pairs = zip(batch, asked, strict=True)
+        prepared = [self._prepared(*pair, began) for pair in pairs if not _told_over(pair[0])]
+        return self._admitted([ready for ready in prepared if ready is not None])
+
+    def _prepared(self, ticket: Ticket, asked: Any, began: float) -> _Ready | None:
+        """None, and its caller is told, where its prompts cannot be written, or not be answered together."""
+        try:
+            request = self._session.prepare(asked)
+        except Exception as error:  # noqa: BLE001 - as in `_taken_in`
+            _fail(ticket, error)
+            return None
+        own, padded = sum(request.lengths), len(request.lengths) * max(request.lengths)
+        if padded > max(self._limits.max_tokens, MOST_PADDING * own):
+            detail = (
+                f"Its questions differ so much in length that they would take the room of {padded} tokens"
+            )
+            _fail(ticket, OutOfMemoryError(f"{detail}; ask the long ones by themselves."))
+            return None
+        return _Ready(ticket, request, began, time.monotonic())
+
+    def _admitted(self, ready: Sequence[_Ready]) -> tuple[Sequence[Ticket], Exception] | None:
+        """Takes in as many as there is room for, one by itself however large; as `_taken_in`."""
+        count = 0
+        while count < len(ready) and self._fits([each.request for each in ready[: count + 1]]):
+            count += 1
+        joining, waiting = ready[:count], ready[count:]
+        self._ready += waiting
+        if not joining:
+            return None
+        try:
+            self._session.join([each.request for each in joining])
+        except Exception as error:  # noqa: BLE001 - as in `_taken_in`
+            return [each.ticket for each in joining], _kept(error)
+        self._working += [each.joining(count) for each in joining]
         self._on_batch(len(self._working))
         return None
+
+    def _fits(self, requests: Sequence[Pending]) -> bool:
+        alone = not self._working and len(requests) == 1
+        return alone or self._session.tokens_with(requests) <= self._limits.max_tokens
 
     def _encoded(self, batch: Sequence[Ticket], *, ahead: bool) -> tuple[Sequence[Any], float]:
         """Their media as the session admits them, and when (monotonic) their turn came."""
@@ -413,6 +496,9 @@ class Engine(Generic[M]):
         """Only the culprit fails: the others are answered anew, in parts and beside nobody else."""
         self._finish_encoding()
         alone = len(batch) == 1
+        batch = [ticket for ticket in batch if not _told_over(ticket)]
+        if not batch:
+            return
         if alone and not (_out_of_memory(failure) and self._made_room(batch[0])):
             _fail(batch[0], failure)
             return
@@ -446,6 +532,17 @@ def _parts(batch: Sequence[Ticket], failure: Exception) -> list[Sequence[Ticket]
     log.warning("a batch of %d failed (%s): in parts", len(batch), type(failure).__name__)
     size = -(-len(batch) // 2) if memory else 1
     return [batch[first : first + size] for first in range(0, len(batch), size)]
+
+
+def _told_over(ticket: Ticket) -> bool:
+    """Whether nobody waits for its answer any more; then its future says so."""
+    if ticket.over:
+        reason = ticket.stop.reason
+        ticket.future.set_exception(
+            DeadlineExceededError(LATE) if reason is None else StoppedError(reason.value)
+        )
+        return True
+    return False
 
 
 def _fail(ticket: Ticket, failure: Exception) -> None:

@@ -90,10 +90,18 @@ class Sleeper:
 class Sleep:
     """One request of a `Night`."""
 
-    question: str
+    request: VisualRequest
     shared_with: int = 0
     canceled: bool = False
     steps: int = 0
+
+    @property
+    def question(self) -> str:
+        return self.request.questions[0]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [1]
 
     @property
     def done(self) -> bool:
@@ -112,18 +120,24 @@ class Night:
 
     @property
     def tokens(self) -> int:
-        return len(self.pending)
+        return self.tokens_with(())
+
+    def tokens_with(self, more: Sequence[Sleep]) -> int:
+        return len(self.pending) + len(more)
 
     def encode(self, requests: Sequence[VisualRequest]) -> Sequence[VisualRequest]:
         return requests
 
-    def admit(self, requests: Sequence[VisualRequest]) -> list[Sleep]:
-        self._sleeper.begin(requests, sum("large" in one.question for one in self.pending))
-        sleeps = [Sleep(request.questions[0]) for request in requests]
-        self.pending += sleeps
+    @staticmethod
+    def prepare(request: VisualRequest) -> Sleep:
+        return Sleep(request)
+
+    def join(self, requests: Sequence[Sleep]) -> None:
+        asked = [one.request for one in requests]
+        self._sleeper.begin(asked, sum("large" in one.question for one in self.pending))
+        self.pending += requests
         for one in self.pending:
             one.shared_with = max(one.shared_with, len(self.pending) - 1)
-        return sleeps
 
     def step(self) -> list[tuple[Sleep, int, str]]:
         time.sleep(STEP_S)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import count, islice, pairwise
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 from transformers.cache_utils import DynamicLayer
 
 from prismprune import GenerationOptions, InvalidOptionError, TokenBudget, VisualRequest
@@ -20,7 +23,7 @@ from prismprune.batches import ROOM, Batch, Prefix, RoomyLayer, joined, roomy_ca
 from prismprune.caching import EncodingCache
 from prismprune.media import Picture
 from prismprune.prefill import NOTED, Kept
-from prismprune.session import Asked, Pending, Session
+from prismprune.session import Asked, Pending, Session, context_length
 from tests.present import present
 from tests.prismprune.tiny import picture
 
@@ -135,20 +138,79 @@ def test_requests_about_one_cached_encoding_share_its_beginning(vlm: PrunedVLM) 
     ]
 
 
-def test_a_request_says_what_room_it_may_take_and_with_how_many_it_shared(vlm: PrunedVLM) -> None:
-    """Room: prompts and longest answers of all its questions, for as long as it is pending."""
+def test_a_session_says_what_room_may_be_taken_and_a_request_with_how_many_it_shared(vlm: PrunedVLM) -> None:
+    """Room: each unfinished question as long as the longest of all, its longest answer included."""
     session = vlm.session()
-    requests = [session.prepare(asked(vlm, noise, *QUESTIONS[:2], tokens=7)) for noise in range(2)]
-    lengths = [len(prompt.token_ids) for prompt in requests[0].prompts]
-    assert requests[0].tokens == sum(lengths) + 2 * 8
-    session.join(requests[:1])
-    assert session.tokens == requests[0].tokens
-    session.join(requests[1:])
-    assert session.tokens == 2 * requests[0].tokens
-    run(session, requests)
+    long, short = (session.prepare(asked(vlm, noise, *QUESTIONS[:2], tokens=7)) for noise in range(2))
+    lengths = [len(prompt.token_ids) + 8 for prompt in long.prompts]
+    assert long.lengths == short.lengths == lengths
+    assert min(lengths) < max(lengths)
+    assert session.tokens_with([long, short]) == 4 * max(lengths)
+    session.join([long])
+    assert session.tokens == 2 * max(lengths)
+    assert session.tokens_with([short]) == 4 * max(lengths)
+    session.join([short])
+    session.step()
+    short.rows[lengths.index(max(lengths))].cancel()
+    assert short.lengths == [min(lengths)]
+    assert session.tokens == 3 * max(lengths)
+    run(session, [long, short])
     assert session.tokens == 0
-    assert [request.shared_with for request in requests] == [1, 1]
-    assert all(request.done and request.peak_bytes > 0 for request in requests)
+    assert [request.shared_with for request in (long, short)] == [1, 1]
+    assert all(request.done and request.peak_bytes > 0 for request in (long, short))
+
+
+def test_what_the_models_context_does_not_hold_is_refused(
+    vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt with its longest answer, to the token."""
+    one = asked(vlm, 0, "What?", tokens=7)
+    (length,) = vlm.session().prepare(one).lengths
+    for context in (length, length - 1):
+        monkeypatch.setattr(vlm.model.config.get_text_config(), "max_position_embeddings", context)
+        refused = pytest.raises(InvalidOptionError, match=f"may take {length} tokens, 7 of them visual")
+        with nullcontext() if context == length else refused:
+            vlm.session().prepare(one)
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 16384),
+        ({"max_position_embeddings": 4096, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 8192),
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 32768,
+                },
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 8192,
+                },
+            },
+            131072,
+        ),
+    ],
+)
+def test_scaled_positions_reach_further(config: dict[str, Any], length: int) -> None:
+    assert context_length(LlamaConfig(**config)) == length
+
+
+def test_a_config_without_a_length_has_no_end() -> None:
+    assert context_length(SimpleNamespace()) == math.inf
 
 
 def request(

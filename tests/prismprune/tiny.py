@@ -206,7 +206,7 @@ def _text(
         num_attention_heads=4,
         num_key_value_heads=2,
         initializer_range=0.4,  # answers that vary with what was seen
-        max_position_embeddings=1024,
+        max_position_embeddings=4096,
     )
 
 

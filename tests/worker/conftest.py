@@ -19,7 +19,7 @@ from obstore.store import from_url
 from PIL import Image
 
 from prismprune.caching import EncodingCache
-from prismprune.errors import UnsupportedMediaError
+from prismprune.errors import UnknownModelError, UnsupportedMediaError
 from prismprune.results import Answer, Memory, PartMap, Timings, VisualTokens
 from tests.replies import field, state
 from worker.contract import AnswerJob, AnswerResult, JobState, MediaRef, Problem, job_key, media_path
@@ -74,10 +74,16 @@ class ScriptedRequest:
     """One request in a `ScriptedSession`."""
 
     questions: tuple[str, ...]
+    tokens_each: int = 1
     shared_with: int = 0
     canceled: bool = False
     steps: int = 0
     done: bool = False
+
+    @property
+    def lengths(self) -> list[int]:
+        """A question that is `long` takes a hundred times as much."""
+        return [self.tokens_each * (100 if "long" in question.split() else 1) for question in self.questions]
 
     def cancel(self) -> None:
         self.canceled = True
@@ -93,7 +99,11 @@ class ScriptedSession:
 
     @property
     def tokens(self) -> int:
-        return self._script.tokens_each * len(self.pending)
+        return self.tokens_with(())
+
+    def tokens_with(self, more: Sequence[ScriptedRequest]) -> int:
+        lengths = [length for one in (*self.pending, *more) for length in one.lengths]
+        return len(lengths) * max(lengths, default=0)
 
     def encode(self, requests: Sequence[VisualRequest]) -> Sequence[VisualRequest]:
         assert self._script.sight.wait(30)
@@ -103,18 +113,21 @@ class ScriptedSession:
             self._script.on_encode(request)
         return requests
 
-    def admit(self, requests: Sequence[VisualRequest]) -> list[ScriptedRequest]:
+    def prepare(self, request: VisualRequest) -> ScriptedRequest:
+        if "no template" in request.questions:
+            raise UnknownModelError("no template")
+        return ScriptedRequest(request.questions, self._script.tokens_each)
+
+    def join(self, requests: Sequence[ScriptedRequest]) -> None:
         script = self._script
         if len(self.pending) + len(requests) > script.fits():
             raise torch.OutOfMemoryError
         script.batches.append([question for request in requests for question in request.questions])
         script.entered.set()
         assert script.gate.wait(30)
-        asked = [ScriptedRequest(request.questions) for request in requests]
-        self.pending += asked
+        self.pending += requests
         for one in self.pending:
             one.shared_with = max(one.shared_with, len(self.pending) - 1)
-        return asked
 
     def step(self) -> list[tuple[ScriptedRequest, int, str]]:
         self._script.steps += 1

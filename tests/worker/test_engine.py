@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -91,6 +92,103 @@ def test_no_request_joins_while_the_cache_may_fill_up() -> None:
         tickets[0].cancel()
         assert waiting.answered().answers[0].text == "waits"
         tickets[1].cancel()
+
+
+def test_those_who_come_together_join_as_far_as_there_is_room() -> None:
+    """Though all are encoded at once; the others wait for it, in order, and nothing is encoded anew."""
+    model, encoded = Scripted(), list[str]()
+    model.tokens_each = 40
+    model.on_encode = lambda request: encoded.append(request.questions[0])
+    with engine(model, max_tokens=100) as running:
+        hold(model, running)
+        texts = [f"number {number}" for number in range(4)]
+        tickets = [ask(running, text) for text in texts]
+        model.gate.set()
+        assert [ticket.answered().answers[0].text for ticket in tickets] == texts
+    assert model.batches == [["held"], texts[:2], texts[2:]]
+    assert encoded == ["held", *texts]
+
+
+def test_a_long_neighbor_makes_room_scarce() -> None:
+    """Each is padded to the longest: beside one of a hundred tokens two of one do not fit into 250."""
+    model = Scripted()
+    with engine(model, max_tokens=250) as running:
+        hold(model, running)
+        tickets = [ask(running, text) for text in ("a", "b", "a long one", "c")]
+        model.gate.set()
+        for ticket in tickets:
+            ticket.answered()
+    assert model.batches == [["held"], ["a", "b"], ["a long one", "c"]]
+
+
+def test_one_that_waits_for_room_holds_up_nobody_once_its_caller_has_gone() -> None:
+    """Whether canceled or late, it is told and never joins."""
+    model = Scripted()
+    model.tokens_each = 60
+    with engine(model, max_tokens=100) as running:
+        hold(model, running)
+        endless, canceled = ask(running, "for ever"), ask(running, "canceled")
+        late, last = ask(running, "late", deadline_s=0.3), ask(running, "last")
+        model.gate.set()
+        while len(model.batches) < 2:
+            time.sleep(0.001)
+        canceled.cancel()
+        canceled.let_go()
+        with pytest.raises(DeadlineExceededError):
+            late.answered()
+        endless.cancel()
+        assert last.answered().answers[0].text == "last"
+    assert model.batches == [["held"], ["for ever"], ["last"]]
+
+
+def test_questions_of_one_request_that_differ_too_much_are_refused() -> None:
+    """Six of which one is long would take six times its room; alike they may take as much alone."""
+    model = Scripted()
+    with engine(model, max_tokens=250) as running:
+        for questions, fits in (("short", "a long one"), True), (("b",) * 5 + ("a long one",), False):
+            request: Any = SimpleNamespace(questions=questions)
+            ticket = running.submit(request, time.monotonic() + 60)
+            with nullcontext() if fits else pytest.raises(OutOfMemoryError, match="room of 600 tokens"):
+                ticket.answered()
+        alike: Any = SimpleNamespace(questions=("a long one",) * 6)
+        assert len(running.submit(alike, time.monotonic() + 60).answered().answers) == 6
+
+
+def test_prompts_that_cannot_be_written_are_their_own_requests_fault() -> None:
+    """Nobody is encoded again for it."""
+    model, encoded = Scripted(), list[str]()
+    model.on_encode = lambda request: encoded.append(request.questions[0])
+    with engine(model) as running:
+        hold(model, running)
+        texts = ["before", "no template", "after"]
+        before, culprit, after = (ask(running, text) for text in texts)
+        model.gate.set()
+        assert [one.answered().answers[0].text for one in (before, after)] == ["before", "after"]
+        with pytest.raises(UnknownModelError):
+            culprit.answered()
+    assert encoded == ["held", *texts]
+
+
+def test_who_is_gone_when_a_batch_fails_is_not_tried_again() -> None:
+    """Only those whose callers wait are."""
+    model = Scripted()
+    with engine(model) as running:
+        hold(model, running)
+        gone, culprit = ask(running, "for ever"), ask(running, "raise in the end")
+
+        def leaves() -> bool:
+            if len(model.batches) == 2:
+                gone.cancel()
+            return False
+
+        model.crowded = leaves
+        model.gate.set()
+        with pytest.raises(StoppedError):
+            gone.answered()
+        gone.let_go()
+        with pytest.raises(RuntimeError):
+            culprit.answered()
+    assert model.batches == [["held"], ["for ever", "raise in the end"], ["raise in the end"]]
 
 
 def test_neighbors_are_counted() -> None:
