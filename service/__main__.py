@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import uvicorn
 from pydantic import ValidationError
@@ -13,11 +14,19 @@ from service.keys import WHY_NOT, may_listen
 from service.settings import ServiceSettings
 from worker.contract import complaints
 
+if TYPE_CHECKING:
+    import socket
+
+    from fastapi import FastAPI
+
+    from service.context import Context
+
 
 def server(settings: ServiceSettings) -> uvicorn.Server:
     """The server of one process, without an access log: `service.middleware` writes one line a request."""
+    app = create_app(settings)
     config = uvicorn.Config(
-        create_app(settings),
+        app,
         host=settings.host,
         port=settings.port,
         log_config=None,
@@ -26,7 +35,21 @@ def server(settings: ServiceSettings) -> uvicorn.Server:
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=settings.grace_s,
     )
-    return uvicorn.Server(config)
+    return _Server(config, app, settings.max_connections)
+
+
+class _Server(uvicorn.Server):
+    """Has its connections on the metrics page: what it refuses for their number never reaches `app`."""
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, limit: int) -> None:
+        super().__init__(config)
+        self._app = app
+        self._limit = limit
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        here: Context = self._app.state.context
+        here.metrics.watch_connections(lambda: len(self.server_state.connections), self._limit)
 
 
 def main() -> int:

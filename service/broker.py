@@ -1,9 +1,10 @@
-"""Whether the broker keeps what it is given: it must not evict jobs, nor forget them in a restart."""
+"""Whether the broker keeps what it is given (it must not evict or forget jobs), and how full it is."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LOOK_AGAIN_S = 5.0
+KNOWN_FOR_S = 60.0
+"""A broker that was found fit is looked at again: after a failover it is another node."""
 
 
 class NotDurableError(Exception):
@@ -43,22 +46,26 @@ class Durability:
 
     @asynccontextmanager
     async def watching(self) -> AsyncIterator[None]:
-        """Asks at the start and, of a broker that is away then, in the background until it answers.
+        """Asks at the start, then in the background: often until the broker answers, seldom after that.
 
-        Where durability is required it asks on until the broker is durable: an operator may mend that.
+        Where durability is required it asks often until the broker is durable: an operator may mend that.
 
         Raises `NotDurableError`, at the start only: a process that serves goes on, and refuses jobs.
         """
         await self._look()
         if self._required and self._faults:
             raise NotDurableError(_said(self._faults))
-        async with in_background(self._look_until_settled()):
+        async with in_background(self._look_again()):
             yield
 
-    async def _look_until_settled(self) -> None:
-        while self._faults is None or (self._required and self._faults):
-            await asyncio.sleep(LOOK_AGAIN_S)
+    async def _look_again(self) -> None:
+        while True:
+            await asyncio.sleep(KNOWN_FOR_S if self._settled else LOOK_AGAIN_S)
             await self._look()
+
+    @property
+    def _settled(self) -> bool:
+        return self._faults is not None and not (self._required and self._faults)
 
     async def _look(self) -> None:
         try:
@@ -86,6 +93,19 @@ def faults(about: dict[str, Any]) -> tuple[str, ...]:
     if about.get("aof_enabled") != 1:
         found.append("appendonly is off: a restart loses accepted jobs")
     return tuple(found)
+
+
+async def memory(redis: Redis, within_s: float) -> tuple[float, float]:
+    """Bytes that the broker uses, and that it may use: 0 for no limit.
+
+    NaN for what it does not say, and for both while it does not answer: an old number would lie.
+    """
+    try:
+        async with broker_within(within_s):
+            about: dict[str, Any] = await redis.info("memory")
+    except BrokerAwayError:
+        return math.nan, math.nan
+    return float(about.get("used_memory", math.nan)), float(about.get("maxmemory", math.nan))
 
 
 def _said(found: tuple[str, ...]) -> str:

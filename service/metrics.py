@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from service.errors import ServiceError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 HTTP_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 """Seconds: a probe takes milliseconds, an answer as long as its caller waits (`max_timeout_s` at most)."""
@@ -39,9 +40,32 @@ class Metrics:
         self.upstream_up = self._gauge(
             "metrics_upstream_up", "1 if an upstream's metrics are below.", "upstream"
         )
+        self.broker_memory_used = self._number(
+            "broker_memory_used_bytes", "Memory that the broker uses; NaN while it does not answer."
+        )
+        self.broker_memory_limit = self._number(
+            "broker_memory_limit_bytes", "The broker's maxmemory, 0 for none; NaN while it does not answer."
+        )
+        self._connections = self._number(
+            "http_connections", "Open connections to the API; NaN where another server than ours runs it."
+        )
+        self._connections_limit = self._number(
+            "http_connections_limit", "From so many connections on every request gets a bare 503."
+        )
 
-    def _gauge(self, name: str, documentation: str, label: str) -> Gauge:
-        return Gauge(f"prismprune_{name}", documentation, (label,), registry=self.registry)
+    def _gauge(self, name: str, documentation: str, *labels: str) -> Gauge:
+        return Gauge(f"prismprune_{name}", documentation, labels, registry=self.registry)
+
+    def _number(self, name: str, documentation: str) -> Gauge:
+        """A gauge without labels, which is always on the page: NaN, not 0, until its value is known."""
+        gauge = self._gauge(name, documentation)
+        gauge.set(math.nan)
+        return gauge
+
+    def watch_connections(self, count: Callable[[], int], limit: int) -> None:
+        """Asks for the server's open connections at each scrape; `limit`: how many it takes."""
+        self._connections.set_function(count)
+        self._connections_limit.set(limit)
 
     @contextmanager
     def counting_rejections(self) -> Iterator[None]:

@@ -16,6 +16,7 @@ from starlette.applications import Starlette
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from service import broker
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import BrokerAwayError
 from service.health import livez
@@ -40,13 +41,17 @@ UPSTREAM_TIMEOUT_S = 1.0
 async def metrics(here: Here) -> Response:
     """The front end's metrics, then those of each upstream that answers."""
     upstreams = here.settings.metrics_upstreams
-    texts, queues = await asyncio.gather(
-        asyncio.gather(*(_fetch(here, url) for url in upstreams)), _queues(here)
+    texts, queues, (used, limit) = await asyncio.gather(
+        asyncio.gather(*(_fetch(here, url) for url in upstreams)),
+        _queues(here),
+        broker.memory(here.redis, here.settings.broker_timeout_s),
     )
     for url, text in zip(upstreams, texts, strict=True):
         here.metrics.upstream_up.labels(url).set(text is not None)
     here.metrics.queue_depth.clear()  # nothing awaits from here to the page: scrapes do not mix
     here.metrics.workers.clear()
+    here.metrics.broker_memory_used.set(used)
+    here.metrics.broker_memory_limit.set(limit)
     for model, (depth, count) in queues.items():
         here.metrics.queue_depth.labels(model).set(depth)
         here.metrics.workers.labels(model).set(count)

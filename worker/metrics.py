@@ -16,7 +16,9 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 
+from prismprune.errors import PartsUnavailableError, PrismError, UnknownModelError
 from worker.contract import JobState
+from worker.errors import StoppedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -40,6 +42,14 @@ CACHE_BUCKETS = tuple(2.0**exponent for exponent in range(18, 36))
 MEMORY_BUCKETS = tuple(2.0**exponent * half for exponent in range(28, 38) for half in (1, 1.5))
 """Bytes: 256 MiB to 192 GiB, two to an octave."""
 BATCH_BUCKETS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64)
+
+_NO_FAILURES = {StoppedError, UnknownModelError, PartsUnavailableError}
+"""The first is a cancellation, the others end a worker while it loads."""
+FAILURES: tuple[type[PrismError], ...] = (
+    PrismError,
+    *(each for each in PrismError.__subclasses__() if each not in _NO_FAILURES),
+)
+"""Errors that a job may end with: their slugs are the reasons that failures are counted by."""
 
 _STAGES = ("queue", "decode", "preprocess", "vision", "select", "prefill", "generate")
 
@@ -90,6 +100,9 @@ class WorkerMetrics:
         self._requests = self._counter(
             "requests", "Requests that reached a terminal state.", ["model", "modality", "outcome"]
         )
+        self._failures = self._counter(
+            "job_failures", "Jobs that failed or expired, by the problem's slug.", ["model", "reason"]
+        )
         self._generated = self._counter("generated_tokens", "Tokens generated.", ["model"])
         self.redelivered = self._counter("jobs_redelivered", "Jobs delivered again after an attempt.")
         self.dead_lettered = self._counter("jobs_dead_lettered", "Jobs given up after the last attempt.")
@@ -100,6 +113,8 @@ class WorkerMetrics:
         for modality in ("image", "video"):  # a counter that is born with its first count shows no increase
             for outcome in filter(lambda state: state.terminal, JobState):
                 self._requests.labels(self._model, modality, outcome)
+        for failure in FAILURES:
+            self._failures.labels(self._model, failure.slug)
 
     def _declare_savings(self) -> None:
         by_method = ["model", "method"]
@@ -166,15 +181,19 @@ class WorkerMetrics:
         latency_s: float,
         result: AnswerResult | None,
         joined: int = 1,
+        *,
+        reason: str | None = None,
     ) -> None:
-        """One request reached its terminal state; `result` if it succeeded.
+        """One request reached its terminal state; `result` if it succeeded, `reason` if it failed or expired.
 
-        joined: how many requests its prefill was shared by, itself included.
+        joined: how many requests its prefill was shared by, itself included. reason: the slug of its problem.
         """
         with self._lock:  # one thread a job
             self._ended += 1
         self._requests.labels(self._model, modality, outcome).inc()
         self._latency.labels(self._model, modality, outcome).observe(latency_s)
+        if reason is not None:
+            self._failures.labels(self._model, reason).inc()
         if result is not None:
             self._answered(modality, result, joined)
 

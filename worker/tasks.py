@@ -17,7 +17,7 @@ from prismprune.errors import PrismError
 from prismprune.media import DEFAULT_LIMITS, Clip, MediaLimits
 from worker.answering import answer_result, decode, visual_request
 from worker.company import Company
-from worker.contract import AnswerJob, DeadLetter, JobState
+from worker.contract import AnswerJob, DeadLetter, JobState, Problem
 from worker.errors import (
     DeadLetteredError,
     DeadlineExceededError,
@@ -184,9 +184,11 @@ class JobRunner:
         modality = job.modality if job else "unknown"
         latency_s = max(0.0, time.time() - job.created_at) if job else 0.0
         result, joined = (outcome.result, outcome.joined) if outcome else (None, 1)
-        self._metrics.finished(modality, settled.state, latency_s, result, joined)
+        reason = _reason(settled, outcome)
+        self._metrics.finished(modality, settled.state, latency_s, result, joined, reason=reason)
         if job:
-            log.info("job %s %s after %.3f s, request %s", job.id, settled.state, latency_s, job.request_id)
+            how = f"{settled.state} ({reason})" if reason else settled.state
+            log.info("job %s %s after %.3f s, request %s", job.id, how, latency_s, job.request_id)
 
 
 def _read(job_id: str, payload: dict[str, Any]) -> AnswerJob | None:
@@ -197,6 +199,18 @@ def _read(job_id: str, payload: dict[str, Any]) -> AnswerJob | None:
         fields = sorted({".".join(map(str, found["loc"])) for found in error.errors(include_input=False)})
         log.error("job %s is not readable: %s", job_id, ", ".join(fields))  # noqa: TRY400 - it quotes the question
         return None
+
+
+def _reason(settled: Settled, outcome: Outcome | None) -> str | None:
+    """The slug of what failed the job; None for one that did not fail.
+
+    The state that stands counts: a front end may have let the job expire before its worker was done.
+    """
+    if settled.state not in (JobState.FAILED, JobState.EXPIRED):
+        return None
+    if outcome and outcome.state is settled.state and isinstance(outcome.content, Problem):
+        return outcome.content.slug
+    return DeadlineExceededError.slug if settled.state is JobState.EXPIRED else PrismError.slug
 
 
 def _dead_letter(job: AnswerJob | None, claim: Claim) -> DeadLetter | None:

@@ -23,6 +23,8 @@ from tests.deploy.conftest import (
     rules,
     selectors,
 )
+from worker.errors import MediaNotFoundError
+from worker.metrics import FAILURES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -48,14 +50,21 @@ def test_a_rule_asks_for_what_is_exported(rule: Document) -> None:
 def test_refusals_are_asked_for_by_reasons_that_exist() -> None:
     """A rule that names a refusal's reason names the slug of an error."""
     slugs = {each.slug for each in vars(errors).values() if isinstance(each, type) and hasattr(each, "slug")}
-    reasons = {
-        each.values["reason"]
-        for rule in rules()
-        for each in selectors(rule["expr"])
-        if "reason" in each.labels
-    }
+    reasons = reasons_of("prismprune_admission_rejections_total")
     assert reasons
     assert reasons <= slugs
+
+
+def test_failed_jobs_are_counted_but_for_their_callers_faults() -> None:
+    """The rule leaves out every 4xx that a job may end with, but for media that the store has lost."""
+    refused = {each.slug for each in FAILURES if 400 <= each.status < 500}
+    assert reasons_of("prismprune_job_failures_total") == refused - {MediaNotFoundError.slug}
+
+
+def reasons_of(name: str) -> set[str]:
+    """Values of `reason` by which the rules match the metric `name`."""
+    found = [each for rule in rules() for each in selectors(rule["expr"]) if each.name == name]
+    return {reason for each in found for reason in each.values["reason"].split("|")}
 
 
 def test_records_are_named_by_level_metric_and_operation() -> None:

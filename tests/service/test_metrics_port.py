@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 import socket
 from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from tests.service.conftest import serving
+from service.__main__ import server
+from service.serve.machine import free_ports
+from tests.service.conftest import serving, until
 
 if TYPE_CHECKING:
     from tests.service.conftest import MakeSettings, StandInWorker
@@ -41,3 +46,43 @@ async def test_a_port_in_use_is_told_at_start(make_settings: MakeSettings) -> No
         with pytest.raises(OSError, match="in use"):
             async with serving(settings):
                 pass
+
+
+def connections(page: str) -> list[float]:
+    """The open connections and their limit."""
+    families = text_string_to_metric_families(page)
+    values = {each.name: each.value for family in families for each in family.samples}
+    return [values["prismprune_http_connections"], values["prismprune_http_connections_limit"]]
+
+
+async def test_a_full_front_end_is_seen(make_settings: MakeSettings, worker: StandInWorker) -> None:
+    """Its connections and how many it takes; what it refuses for their number is no request that counts."""
+    main, beside = free_ports(2)
+    running = server(make_settings(port=main, metrics_port=beside, max_connections=3))
+    task = asyncio.create_task(running.serve())
+    await until(lambda: running.started)
+    try:
+        async with httpx.AsyncClient(trust_env=False) as client:
+
+            async def seen() -> list[float]:
+                return connections((await client.get(f"http://127.0.0.1:{beside}/metrics")).text)
+
+            assert await seen() == [0, 3]
+            with socket.create_connection(("127.0.0.1", main)), socket.create_connection(("127.0.0.1", main)):
+                await until(lambda: len(running.server_state.connections) == 2)
+                assert await seen() == [2, 3]
+                refused = await client.get(f"http://127.0.0.1:{main}/readyz", headers={"Connection": "close"})
+                assert refused.status_code == 503
+                page = (await client.get(f"http://127.0.0.1:{beside}/metrics")).text
+                assert 'route="/readyz"' not in page
+            await until(lambda: not running.server_state.connections)
+            assert await seen() == [0, 3]
+    finally:
+        running.should_exit = True
+        await task
+
+
+async def test_connections_of_another_server_are_not_known(client: httpx.AsyncClient) -> None:
+    """NaN, where 0 of 0 would be a statement."""
+    page = (await client.get("/metrics")).text
+    assert all(map(math.isnan, connections(page)))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import math
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +14,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from redis.asyncio import Redis as AsyncRedis
 
+from service.broker import Durability
+from service.errors import BrokerNotDurableError
 from service.settings import ServiceSettings
-from tests.service.conftest import StandInWorker, data_uri, png, question, serving
+from tests.service.conftest import StandInWorker, data_uri, png, question, serving, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -112,6 +117,70 @@ async def test_queue_and_workers_are_counted_at_the_scrape(
     assert samples["prismprune_workers", "prism-demo"] == 1
     worker.beat(model="other", age_s=60)
     assert (await scrape(client))["prismprune_workers", "other"] == 0
+
+
+async def test_how_full_the_broker_is_stands_on_the_page(client: httpx.AsyncClient, redis: Redis) -> None:
+    """What it uses, and its maxmemory: 0 where it has none."""
+    samples = await scrape(client)
+    assert samples["prismprune_broker_memory_used_bytes",] > 2**19
+    assert samples["prismprune_broker_memory_limit_bytes",] == 0
+    redis.config_set("maxmemory", 2**30)
+    try:
+        assert (await scrape(client))["prismprune_broker_memory_limit_bytes",] == 2**30
+    finally:
+        redis.config_set("maxmemory", 0)
+
+
+async def test_how_full_a_broker_is_that_is_away_is_not_known(
+    make_settings: MakeSettings, worker: StandInWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN, not what it was before: no rule takes an old number for a new one."""
+    async with serving(make_settings(broker_timeout_s=0.1)) as client:
+        assert (await scrape(client))["prismprune_broker_memory_used_bytes",] > 0
+
+        async def silent(*_: object) -> None:
+            await asyncio.sleep(60)
+
+        monkeypatch.setattr(AsyncRedis, "info", silent)
+        samples = await scrape(client)
+    for name in ("used", "limit"):
+        assert math.isnan(samples[f"prismprune_broker_memory_{name}_bytes",])
+    assert samples["prismprune_workers", "prism-demo"] == 1
+
+
+async def test_a_failover_to_a_broker_that_may_lose_jobs_is_noticed(
+    make_settings: MakeSettings,
+    broker_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One that was fit at the start is looked at again, told of once, and given no jobs if it must be fit."""
+    monkeypatch.setattr("service.broker.KNOWN_FOR_S", 0.01)
+    fit = {"maxmemory_policy": "noeviction", "aof_enabled": 1}
+    said, asked = dict(fit), list[int]()
+
+    async def info(*_: object) -> dict[str, object]:
+        asked.append(1)
+        return said
+
+    monkeypatch.setattr(AsyncRedis, "info", info)
+    async with AsyncRedis.from_url(broker_url) as redis:
+        durability = Durability(redis, make_settings(require_durable_broker=True))
+        async with durability.watching():
+            await until(lambda: len(asked) > 3)
+            durability.require()
+            assert "NOT DURABLE" not in caplog.text
+            monkeypatch.setattr("service.broker.LOOK_AGAIN_S", 0.01)
+            said["aof_enabled"] = 0
+            count = len(asked)
+            await until(lambda: len(asked) > count + 3)
+            with pytest.raises(BrokerNotDurableError):
+                durability.require()
+            caplog.set_level(logging.INFO, "service.broker")
+            said.update(fit)
+            await until(lambda: "is durable now" in caplog.text)
+            durability.require()
+    assert caplog.text.count("NOT DURABLE") == 1
 
 
 class _WorkerMetrics(BaseHTTPRequestHandler):

@@ -9,12 +9,14 @@ from urllib.request import urlopen
 import psutil
 import pytest
 
+from prismprune.errors import PrismError
 from prismprune.results import Memory
 from tests.worker.conftest import answer
 from worker.answering import answer_result
 from worker.contract import JobState
 from worker.engine import Answered
-from worker.metrics import WorkerMetrics
+from worker.errors import OutOfMemoryError, StoppedError
+from worker.metrics import FAILURES, WorkerMetrics
 
 if TYPE_CHECKING:
     from tests.worker.conftest import MakeJob
@@ -102,6 +104,25 @@ def test_outcomes_are_there_before_the_first_request() -> None:
     metrics = WorkerMetrics("tiny")
     for outcome in (state for state in JobState if state.terminal):
         assert sample(metrics, "requests_total", modality="video", outcome=outcome) == 0
+
+
+def test_reasons_are_there_before_the_first_failure() -> None:
+    """At zero, each error that a job may end with; no cancellation, and nothing that ends the loading."""
+    metrics = WorkerMetrics("tiny")
+    for error in FAILURES:
+        assert sample(metrics, "job_failures_total", reason=error.slug) == 0
+    left_out = {each.slug for each in PrismError.__subclasses__()} - {each.slug for each in FAILURES}
+    assert left_out == {StoppedError.slug, "unknown-model", "parts-unavailable"}
+
+
+def test_a_failure_is_counted_by_its_reason() -> None:
+    """Once, whatever the media were."""
+    metrics = WorkerMetrics("tiny")
+    metrics.finished("video", JobState.FAILED, 1.5, None, reason=OutOfMemoryError.slug)
+    metrics.finished("image", JobState.CANCELED, 1.5, None)
+    counted = {each.slug: sample(metrics, "job_failures_total", reason=each.slug) for each in FAILURES}
+    assert {slug for slug, count in counted.items() if count} == {OutOfMemoryError.slug}
+    assert counted[OutOfMemoryError.slug] == 1
 
 
 def test_a_failure_has_a_latency_and_nothing_else() -> None:

@@ -351,6 +351,42 @@ def test_media_that_are_gone_fail_the_job(worker: Worker, make_job: MakeJob) -> 
     assert (worker.problem(job).slug, worker.problem(job).status) == ("media-not-found", 404)
 
 
+def failures(worker: Worker) -> dict[str, float]:
+    """How many jobs the metrics saw fail or expire, by reason."""
+    (family,) = (each for each in worker.metrics.registry.collect() if each.name == "prismprune_job_failures")
+    samples = [each for each in family.samples if each.name.endswith("_total") and each.value]
+    return {each.labels["reason"]: each.value for each in samples}
+
+
+def test_failures_are_told_apart(
+    worker: Worker, make_job: MakeJob, media_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By the slug that the caller reads, in the metrics and in the job's line of the log."""
+    caplog.set_level("INFO", "worker.tasks")
+    damaged = make_job(media=(stored(media_url, b"\xff\xd8\xff\xe0" + b"no picture" * 9),))
+    large, late, good = make_job("too large"), make_job(deadline_at=time.time() - 1), make_job()
+    canceled = make_job()
+    worker.redis.hset(job_key(canceled.id), "state", JobState.CANCELED)
+    for job in (damaged, large, late, good, canceled):
+        worker.run(job)
+    assert failures(worker) == {"undecodable-media": 1, "out-of-memory": 1, "deadline-exceeded": 1}
+    assert f"job {damaged.id} failed (undecodable-media) after " in caplog.text
+    assert f"job {late.id} expired (deadline-exceeded) after " in caplog.text
+    assert f"job {good.id} succeeded after " in caplog.text
+
+
+def test_a_job_that_a_front_end_let_expire_is_counted_as_late(worker: Worker, make_job: MakeJob) -> None:
+    """Whatever its worker came to afterwards."""
+    worker.model.gate.clear()
+    job = make_job("too large")
+    thread = worker.deliver(job)
+    assert worker.model.entered.wait(10)
+    worker.redis.hset(job_key(job.id), "state", JobState.EXPIRED)
+    worker.model.gate.set()
+    thread.join()
+    assert failures(worker) == {"deadline-exceeded": 1}
+
+
 def test_an_unexpected_error_says_nothing_of_itself(
     worker: Worker, make_job: MakeJob, caplog: pytest.LogCaptureFixture
 ) -> None:
