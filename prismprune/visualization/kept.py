@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 Color = tuple[int, int, int]
 Box = tuple[int, int, int, int]
 
-# Okabe and Ito's palette: these three stay apart for color-blind readers too.
-SALIENT: Color = (230, 159, 0)
-DIVERSE: Color = (86, 180, 233)
-KEPT: Color = (0, 158, 115)
+# Rare in pictures, and apart in lightness as well as hue: color-blind readers can tell them, too.
+SALIENT: Color = (255, 0, 200)
+DIVERSE: Color = (0, 235, 255)
+KEPT: Color = (255, 230, 0)
 """Where the method does not tell salient from diverse."""
-TINT = 0.25
-"""Share of its color in a kept patch; the rest is the picture."""
+LINE = 2
+"""Pixels around a kept patch, whose own colors stay as they are."""
 DIMMED = 0.3
-"""Brightness of what was dropped, in grey."""
+"""Brightness of what was dropped, in gray."""
 SHORTEST_LONG_SIDE = 672
 """Smaller pictures are enlarged to this, so that the outline of a patch leaves something of it."""
 GAP = 8
@@ -36,7 +36,7 @@ GAP = 8
 def draw_kept(
     image: Image.Image, token_map: Iterable[PartMap], *, size: tuple[int, int] | None = None
 ) -> Image.Image:
-    """The picture with salient patches in orange, diverse ones in blue and dropped ones dimmed.
+    """The picture with salient patches in magenta, diverse ones in cyan and dropped ones dimmed.
 
     token_map: the parts (image, crops) of this one picture or frame. `size`: width and height of the
     original that their boxes refer to, where `image` is a smaller copy.
@@ -49,9 +49,8 @@ def draw_kept(
     for part in token_map:
         for index, color in _colored(part):
             box = _cell(part, index, scale)
-            patch = canvas.crop(box)
-            drawn.paste(Image.blend(patch, Image.new("RGB", patch.size, color), TINT), box)
-            pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=color)
+            drawn.paste(canvas.crop(box), box)
+            pen.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=color, width=LINE)
     return drawn
 
 
