@@ -147,7 +147,7 @@ def _tables(report: Report) -> list[Table]:
     unpruned = report.tallies[("none", None)]
     kinds = sorted(unpruned.asked)
     title = f"{report.suite}: {report.pictures} subjects, {unpruned.questions} questions"
-    caption = f"always the commonest answer of a kind: {report.majority:.1%}"
+    caption = f"majority-class baseline of each kind: {report.majority:.1%}"
     table = Table("setting", "accuracy %", "± (95 %)", "of unpruned %", *kinds, title=title, caption=caption)
     for setting, tally in report.tallies.items():
         by_kind = [f"{100 * tally.right[kind] / tally.asked[kind]:.0f}" for kind in kinds]

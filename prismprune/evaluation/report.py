@@ -122,7 +122,7 @@ class Report:
 
     @property
     def majority(self) -> float:
-        """Accuracy of always giving a kind's commonest answer; a question's, where all are of one kind."""
+        """Accuracy of the majority class of each kind; of each wording, where all are of one kind."""
         by_wording = len({kind for kind, _, _ in self._answers}) == 1
         answers: dict[str, Counter[str]] = defaultdict(Counter)
         for (kind, text, answer), count in self._answers.items():
@@ -190,7 +190,7 @@ class Report:
         table = Table(
             *("method", "tokens", "accuracy", "95 %", "of all", "to prism", "overlap", "coverage", "select"),
             title=f"{self.suite}: {self.pictures} pictures, {asked} questions",
-            caption=f"always the commonest answer: {self.majority:.1%}; to prism: difference in points, and "
+            caption=f"majority-class baseline: {self.majority:.1%}; to prism: difference in points, and "
             "its 95 %, by pairs of pictures; overlap with prism; select in ms",
             box=SIMPLE_HEAD,
         )
