@@ -41,7 +41,8 @@ class Workers:
     async def fresh(self) -> list[WorkerStatus]:
         """The workers whose last heartbeat is recent, warm or not. Raises `BrokerAwayError`."""
         async with broker_within(self._settings.broker_timeout_s):
-            beats: list[str] = await self._redis.hvals(WORKERS_KEY)  # type: ignore[assignment]  # decoded
+            # Not decoded: what is no text must not hide the workers.
+            beats: list[bytes] = await self._redis.execute_command("HVALS", WORKERS_KEY, NEVER_DECODE=True)
         seen = [status for status in map(_parse, beats) if status is not None]
         for status in seen:
             self._last_seen[status.model] = max(status.seen_at, self._last_seen.get(status.model, 0))
@@ -64,7 +65,7 @@ class Workers:
             raise NoWorkerError(f"No worker for {model} was seen for {self._settings.worker_grace_s:.0f} s.")
 
 
-def _parse(beat: str) -> WorkerStatus | None:
+def _parse(beat: bytes) -> WorkerStatus | None:
     """A heartbeat; None for one that a worker of another version has written in its own way."""
     try:
         return WorkerStatus.model_validate_json(beat)

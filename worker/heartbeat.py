@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 
 from kombu.exceptions import OperationalError
+from pydantic import BaseModel, FiniteFloat, ValidationError
 from redis.exceptions import RedisError
 
 from worker.contract import WORKERS_KEY
@@ -32,6 +32,7 @@ class Heartbeat:
 
     redis: a quick client; a broker that is away costs beats, not the worker: the next beat tries again.
     `send_again` puts a job, given as id and payload, into the queue; `check` is called at every beat.
+    `on_death` is called in the thread when it ends by an error: nobody would renew the leases any more.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Heartbeat:
         send_again: Callable[[str, dict[str, Any]], None],
         check: Callable[[], None],
         *,
+        on_death: Callable[[BaseException], None],
         every_s: float,
     ) -> None:
         self._redis = redis
@@ -49,6 +51,7 @@ class Heartbeat:
         self._status = status
         self._send_again = send_again
         self._check = check
+        self._on_death = on_death
         self._every_s = every_s
         self._wake = threading.Event()
         self._stopping = False
@@ -68,13 +71,16 @@ class Heartbeat:
         self._wake.set()
 
     def _main(self) -> None:
-        while not self._stopping:
-            self._try(self._beat)
-            self._try(self._recover)
-            self._check()
-            self._wake.wait(self._every_s)
-            self._wake.clear()
-        self._try(lambda: self._redis.hdel(WORKERS_KEY, self._status().worker_id))
+        try:
+            while not self._stopping:
+                self._try(self._beat)
+                self._try(self._recover)
+                self._check()
+                self._wake.wait(self._every_s)
+                self._wake.clear()
+            self._try(lambda: self._redis.hdel(WORKERS_KEY, self._status().worker_id))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it must not go unnoticed
+            self._on_death(error)
 
     def _beat(self) -> None:
         status = self._status()
@@ -86,7 +92,8 @@ class Heartbeat:
             log.warning("job %s was lost and is sent again", job_id)
             self._send_again(job_id, payload)
             self._jobs.put_first()
-        beats: dict[str, str] = self._redis.hgetall(WORKERS_KEY)  # type: ignore[assignment]  # decoded
+        # Not decoded: what is no text must not keep anybody from the rest.
+        beats: dict[bytes, bytes] = self._redis.execute_command("HGETALL", WORKERS_KEY, NEVER_DECODE=True)
         for gone in [key for key, beat in beats.items() if _seen_at(beat) < time.time() - FORGET_S]:
             self._redis.hdel(WORKERS_KEY, gone)
 
@@ -97,5 +104,15 @@ class Heartbeat:
             log.warning("heartbeat: the broker does not answer (%s)", type(error).__name__)
 
 
-def _seen_at(beat: str) -> float:
-    return float(json.loads(beat).get("seen_at", 0))
+class _Beat(BaseModel):
+    """What is asked of a heartbeat, of whichever version its worker is."""
+
+    seen_at: FiniteFloat
+
+
+def _seen_at(beat: bytes) -> float:
+    """When a worker wrote it; 0 where nobody could tell, so that it is forgotten."""
+    try:
+        return _Beat.model_validate_json(beat).seen_at
+    except ValidationError:
+        return 0.0

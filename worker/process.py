@@ -1,7 +1,8 @@
 """A worker process from start to end: what lives how long, and what ends it.
 
 Runs under `worker.supervisor`. Leaves with 0 after SIGTERM (running jobs are finished, or given back when the
-grace is over), 1 if the model cannot be loaded, 70 if the engine died or the supervisor is gone.
+grace is over), 78 if the model cannot be loaded, 70 if the engine or the heartbeat died or the supervisor is
+gone.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class WorkerProcess:
             cache=EncodingCache(settings.media_cache_bytes, settings.prefix_cache_bytes),
             overlap=self._overlaps,
             on_batch=self._metrics.batch,
-            on_death=_die,
+            on_death=partial(_die, "engine"),
         )
         self._probes = Probes(
             waiting=lambda: int(quick.llen(queue_name(settings.model))),
@@ -121,6 +122,7 @@ class WorkerProcess:
             self._status,
             partial(send_again, self._app),
             self._leave_if_deaf,
+            on_death=partial(_die, "heartbeat"),
             every_s=settings.heartbeat_s,
         )
         self._cancellations = Cancellations(quick, self._jobs)
@@ -195,6 +197,7 @@ class WorkerProcess:
         log.info("loading %s", settings.model)
         model = PrunedVLM.from_pretrained(
             settings.model,
+            revision=settings.revision,
             dtype=settings.dtype,
             device=settings.device,
             quantization=settings.quantized,
@@ -262,9 +265,9 @@ def _spans(settings: WorkerSettings, worker_id: str) -> AttemptSpans | None:
     return AttemptSpans(settings.tracing_endpoint, worker_id)
 
 
-def _die(error: BaseException) -> None:
-    """Ends the process at once: its jobs wait for an engine that is gone, and come back to the queue."""
-    log.critical("the engine died: %s", without_content(error))
+def _die(part: str, error: BaseException) -> None:
+    """Ends the process at once: its jobs wait for what is gone, and come back to the queue."""
+    log.critical("the %s died: %s", part, without_content(error))
     os._exit(EX_ENGINE_DIED)
 
 

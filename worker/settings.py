@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -24,6 +25,9 @@ class WorkerSettings(BaseSettings):
 
     model: str = "prism-demo"
     """The embedded demo, a directory or a hub id; also names the queue."""
+    revision: str | None = None
+    """Commit, tag or branch of a model from a hub; none: its main branch. Only a commit cannot be changed by
+    its owner. For the demo and directories, which have none, it is refused."""
     dtype: str = "auto"
     """`float32`, `bfloat16`, `float16`; auto: float32 on a CPU, 16 bits on CUDA. On CPUs with AVX512-BF16 or
     AMX `bfloat16` takes half of the memory and is 1.5 times as fast."""
@@ -148,6 +152,14 @@ class WorkerSettings(BaseSettings):
             _ = self.quantized
         except InvalidOptionError as error:
             raise ValueError(str(error)) from None
+        return self
+
+    @model_validator(mode="after")
+    def _revision_is_of_a_hub(self) -> Self:
+        if self.revision is not None and (self.model == "prism-demo" or Path(self.model).is_dir()):
+            raise ValueError(
+                "PRISM_REVISION is of a model from a hub; PRISM_MODEL names the demo or a directory"
+            )
         return self
 
     @model_validator(mode="after")

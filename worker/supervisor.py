@@ -1,7 +1,8 @@
 """`python -m worker`: a small process without torch that runs the serving one, and replaces it when it dies.
 
-Leaves with 0 after SIGTERM or SIGINT, and with the serving process's own code where another start would end
-no better: it says so itself (`EX_GIVE_UP`), or it died `HOPELESS` times without ever having been warm.
+Leaves with 0 after SIGTERM or SIGINT. Where another start would end no better it leaves with 1 if the serving
+process says so itself (`EX_GIVE_UP`), and with that one's own code if it died `HOPELESS` times without ever
+having been warm.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-EX_GIVE_UP = 1
-"""The serving process's exit code for what no restart mends: a model that cannot be loaded, a bad setting."""
+EX_GIVE_UP = 78
+"""The serving process's exit code for what no restart mends, a model that cannot be loaded: `EX_CONFIG` of
+sysexits.h. Python's own for an error that nobody caught is 1, and such a one, memory that a predecessor still
+holds say, may be over at the next start."""
+FAILED = 1
+"""What the supervisor ends with then."""
 BAD_SETTING = 2
 """What the front end ends with, too."""
 HOPELESS = 3
@@ -92,7 +97,7 @@ class Supervisor:
             deaths, backoff_s = (0, BACKOFF_S) if self._warm else (deaths + 1, 2 * backoff_s)
             hopeless = deaths >= HOPELESS or (code == EX_GIVE_UP and not self._warm)
             if code == 0 or hopeless:
-                return code if code >= 0 else 128 - code
+                return _own_code(code)
             pause_s = max(backoff_s, self._room_in(MINUTE_S))
             log.error("the serving process ended with code %d; a new one in %.1f s", code, pause_s)
             if self._sleep(waker, pause_s):
@@ -178,3 +183,10 @@ class Supervisor:
             selector.register(waker, selectors.EVENT_READ)
             selector.select(seconds)
         return self._asked_to_stop
+
+
+def _own_code(code: int) -> int:
+    """The supervisor's exit code for the serving process's, which is negative for a signal."""
+    if code == EX_GIVE_UP:
+        return FAILED
+    return code if code >= 0 else 128 - code

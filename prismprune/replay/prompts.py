@@ -89,7 +89,7 @@ class PromptReplay:
         self._model = model
         self._arena: Arena | None = None
         self.recordings: Recordings[PromptSize, _Prompts] = Recordings(
-            record, most=MOST_RECORDINGS, patience=2, shared=True
+            record, most=MOST_RECORDINGS, patience=2
         )
 
     @property

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
@@ -22,6 +23,9 @@ log = logging.getLogger(__name__)
 
 LATER = 1000
 """What memory was too short for, or what was dropped, is recorded once it was wanted so many times more."""
+RECORDING = threading.Lock()
+"""Held by the thread that records. A recording begins by waiting for the whole device, which CUDA refuses
+while another thread's is under way, and torch has one stream for all of them."""
 
 Record = Callable[[Callable[[], None], Any], Callable[[], None]]
 """Makes of a function, which it may call, one that does the same on the same tensors; given a memory pool."""
@@ -60,15 +64,15 @@ R = TypeVar("R", bound=Recordable)
 class Recordings(Generic[K, R]):
     """At most `most` recordings by their size, the one unused for longest dropped first.
 
+    They share memory: nothing that one left behind is there after another's replay.
+
     patience: how often a size is wanted before it is recorded, which takes as long as doing it some times.
-    shared: whether they share memory: then nothing that one left behind is there after another's replay.
     """
 
-    def __init__(self, record: Record, *, most: int, patience: int, shared: bool) -> None:
+    def __init__(self, record: Record, *, most: int, patience: int) -> None:
         self._record = record
         self._most = most
         self._patience = patience
-        self._shared = shared
         self._pool: Any = None
         self._made: OrderedDict[K, R] = OrderedDict()
         self._wanted: Counter[K] = Counter()
@@ -77,6 +81,9 @@ class Recordings(Generic[K, R]):
 
     def __len__(self) -> int:
         return len(self._made)
+
+    def __iter__(self) -> Iterator[R]:
+        return iter(self._made.values())
 
     def find(self, size: K, make: Callable[[], R]) -> R | None:
         """The recording of that size, made of what `make` gives when it is time; None where there is none."""
@@ -88,7 +95,8 @@ class Recordings(Generic[K, R]):
             return None
         try:
             made = make()
-            made.replay = self._record(made.run, self._memory())
+            with RECORDING:
+                made.replay = self._record(made.run, self._memory())
         except RuntimeError as error:
             self._failed(size, error)
             return None
@@ -104,7 +112,7 @@ class Recordings(Generic[K, R]):
         self._pool = None
 
     def _memory(self) -> Any:
-        if self._shared and self._pool is None and torch.cuda.is_available():
+        if self._pool is None and torch.cuda.is_available():
             self._pool = torch.cuda.graph_pool_handle()
         return self._pool
 
@@ -152,6 +160,12 @@ class Arena:
     @property
     def bytes(self) -> int:
         return sum(tensor.nbytes for layer in self._layers for tensor in layer)
+
+    def lent_to(self, batch: Batch) -> bool:
+        """Whether any of the batch's keys and values are views of this."""
+        own = {tensor.untyped_storage().data_ptr() for layer in self._layers for tensor in layer}
+        held = [tensor for layer in batch.layers for tensor in layer.tensors]
+        return any(tensor.untyped_storage().data_ptr() in own for tensor in held)
 
     def views(self, rows: int, columns: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values [rows, heads, columns, head_dim] of each layer."""

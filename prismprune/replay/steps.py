@@ -8,8 +8,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import Cache
 
-from prismprune.batches import roomy_cache
+from prismprune.batches import RoomyLayer, roomy_cache
 from prismprune.replay.recording import Arena, Pass, Record, Recordings, power_of_two, rounded_up
 
 if TYPE_CHECKING:
@@ -95,10 +96,9 @@ class StepReplay:
         self._embed = model.get_input_embeddings()
         self._arena: Arena | None = None
         self._seated: _Seated | None = None
+        self._released: weakref.ref[Batch] | None = None
         # A batch takes many steps of one size, so the first is worth a recording.
-        self.recordings: Recordings[StepSize, _Step] = Recordings(
-            record, most=MOST_RECORDINGS, patience=1, shared=True
-        )
+        self.recordings: Recordings[StepSize, _Step] = Recordings(record, most=MOST_RECORDINGS, patience=1)
 
     @property
     def bytes(self) -> int:
@@ -119,9 +119,12 @@ class StepReplay:
         return step.logits[: len(tokens)]
 
     def release(self, batch: Batch) -> None:
-        """Give a batch its keys and values back, as views of the arena: to be read before the next step."""
+        """Give a batch its keys and values back, as views of the arena until somebody sits there.
+
+        Whoever takes rows out or puts others beside them copies them anyway.
+        """
         if (seated := self._seated) is not None and seated.batch() is batch:
-            self._seated = None
+            self._seated, self._released = None, seated.batch
             _give_back(seated, batch)
 
     def clear(self) -> None:
@@ -152,13 +155,14 @@ class StepReplay:
         return self._seated
 
     def _evict(self) -> None:
-        """Whoever sits in the arena takes along what is there."""
+        """Whoever sits in the arena, or still has views of it, takes along what is there."""
         if (seated := self._seated) is not None and (batch := seated.batch()) is not None:
             self.release(batch)
-            for layer in batch.layers:
-                keys, values = layer.tensors
-                layer.keys, layer.values = keys.clone(), values.clone()
         self._seated = None
+        batch = None if self._released is None else self._released()
+        if batch is not None and self._arena is not None and self._arena.lent_to(batch):
+            batch.cache = roomy_cache(layer.tensors for layer in batch.layers)
+        self._released = None
 
     def _prepared(self, batch: Batch, size: StepSize) -> _Step:
         """A step of that size with the batch in it, as it can be recorded."""
@@ -176,8 +180,11 @@ class StepReplay:
 def _give_back(seated: _Seated, batch: Batch) -> None:
     """Views of the arena in place of what was taken into it, and the mask of all tokens since."""
     rows, length = len(batch.mask), seated.length(batch)
-    batch.cache = roomy_cache(
-        (keys[:rows, :, :length], values[:rows, :, :length]) for keys, values in seated.step.layers
+    batch.cache = Cache(
+        layers=[
+            RoomyLayer.holding(keys[:rows, :, :length], values[:rows, :, :length])
+            for keys, values in seated.step.layers
+        ]
     )
     batch.mask = torch.cat([batch.mask, batch.mask.new_ones(rows, seated.taken)], dim=1)
     batch.next_positions = batch.next_positions + seated.taken

@@ -27,6 +27,13 @@ class _Tower:
         self.reading: BlockReading | None = None
         self.replay: Callable[[], None] = self.run
 
+    @property
+    def bytes(self) -> int:
+        """What goes in and what comes out."""
+        found = self.reading
+        read = () if found is None else (found.hidden, found.query, found.keys)
+        return sum(tensor.nbytes for tensor in (self.values, *read))
+
     def run(self) -> None:
         self.reading = self._read(self.values)
 
@@ -35,9 +42,17 @@ class TowerReplay:
     """Recorded readings of towers whose kernels depend on their pixels' shape alone. One thread at a time."""
 
     def __init__(self, record: Record = recorded) -> None:
-        self.recordings: Recordings[Any, _Tower] = Recordings(
-            record, most=MOST_RECORDINGS, patience=2, shared=False
-        )
+        # Whoever reads next may write where this reading is, which is copied by then.
+        self.recordings: Recordings[Any, _Tower] = Recordings(record, most=MOST_RECORDINGS, patience=2)
+
+    @property
+    def bytes(self) -> int:
+        """What pixels and readings take; beside them all recordings share the memory that they work in."""
+        return sum(tower.bytes for tower in self.recordings)
+
+    def clear(self) -> None:
+        """Give up all memory; what is wanted again is recorded again."""
+        self.recordings.clear()
 
     def read(self, tower: Any, values: Tensor, read: Read) -> BlockReading:
         """What `read` says of `values`, in tensors that are the caller's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from service.settings import ServiceSettings
 from tests.present import present
 from worker.metrics import WorkerMetrics
 from worker.settings import WorkerSettings
+from worker.tasks import VIDEOS_AT_ONCE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -52,10 +54,12 @@ def accepted(component: str, environment: dict[str, str]) -> Settings:
 
 
 def program(name: str) -> str:
-    """The path of a program that pip cannot bring."""
-    found = shutil.which(name)
+    """The path of a program that pip cannot bring; without it a test is skipped, but fails in a CI."""
+    found, missing = shutil.which(name), f"{name} is not installed (Debian: apt-get install prometheus)"
+    if found is None and os.environ.get("CI"):
+        pytest.fail(missing)
     if found is None:
-        pytest.skip(f"{name} is not installed (Debian and Ubuntu: apt-get install prometheus)")
+        pytest.skip(missing)
     return found
 
 
@@ -63,6 +67,18 @@ def size(text: str) -> int:
     """Bytes of `700mb`, `1g` or `4Gi`, as Valkey, Docker and Kubernetes write powers of two."""
     number, unit = present(re.fullmatch(r"(\d+)([kmg]?)(?:b|i)?", text.lower())).groups()
     return int(number) << {"": 0, "k": 10, "m": 20, "g": 30}[unit]
+
+
+def room_for_videos(worker: Settings) -> tuple[int, int]:
+    """Bytes of disk and of memory that a worker needs for the largest videos it may hold or decode at once.
+
+    On disk also a GiB for compiled code; in memory 850 MiB a decoder and the process that reads it, 1.5 GiB
+    for Python, torch and the demo model, and what the settings allow for copies and caches.
+    """
+    assert isinstance(worker, WorkerSettings)
+    caches = worker.packed_weights_bytes + worker.media_cache_bytes + worker.prefix_cache_bytes
+    disk = worker.concurrency * worker.max_video_bytes + size("1g")
+    return disk, min(worker.concurrency, VIDEOS_AT_ONCE) * size("850m") + size("1536m") + caches
 
 
 def keeps_accepted_jobs(command: list[str], memory_limit: str) -> bool:

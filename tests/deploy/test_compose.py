@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
 from typing import TYPE_CHECKING
 
 import yaml
 
 from service.settings import ServiceSettings
-from tests.deploy.conftest import ROOT, Document, accepted, keeps_accepted_jobs, variables
+from tests.deploy.conftest import (
+    ROOT,
+    Document,
+    accepted,
+    keeps_accepted_jobs,
+    room_for_videos,
+    size,
+    variables,
+)
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.deploy.conftest import Compose
 
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
@@ -64,11 +77,53 @@ def test_the_images_start_without_a_shell() -> None:
 
 def test_the_images_are_built_from_the_lock() -> None:
     """What is installed, but for the build's own tools, is held to constraints.txt or comes alone."""
-    for name in ("build-service", "build-worker"):
-        lines = re.findall(r"pip install (.+)$", stage(name), re.MULTILINE)
-        assert lines
-        for line in lines:
-            assert "--constraint constraints.txt" in line or "--no-deps" in line
+    for name in OURS:
+        for part, held in (
+            ("dependencies", "--constraint constraints.txt --requirement"),
+            ("build", "--no-deps"),
+        ):
+            (line,) = re.findall(r"pip install (.+)$", stage(f"{part}-{name}"), re.MULTILINE)
+            assert held in line
+
+
+def test_dependencies_are_made_anew_by_their_own_list_alone() -> None:
+    """Gigabytes: no page, version or line of our own code is copied below them, and what is, by its bytes."""
+    for name in OURS:
+        ours, wanted = (
+            stage(f"dependencies-{name}"),
+            ["constraints.txt ./", f"--from=requirements /src/{name}.txt ./"],
+        )
+        assert ours.startswith("build AS ")
+        assert re.findall(r"^COPY (.+)$", ours, re.MULTILINE) == wanted
+    assert "COPY" not in stage("build") + stage("base")
+    assert re.findall(r"^COPY (.+)$", stage("requirements"), re.MULTILINE) == ["pyproject.toml ./"]
+
+
+def test_our_own_packages_are_a_layer_above_the_dependencies() -> None:
+    """A small one, laid as in the environment that it joins; the commit, which is always new, above both."""
+    for name in OURS:
+        assert re.findall(r"--prefix (\S+) \.$", stage(f"build-{name}"), re.MULTILINE) == ["/own"]
+        layers = re.findall(r"^(COPY .+|RUN .+|ARG REVISION.*)$", stage(name), re.MULTILINE)
+        copies = [
+            f"COPY --from=dependencies-{name} /opt/prism /opt/prism",
+            f"COPY --from=build-{name} /own /opt/prism",
+        ]
+        above = ['ARG REVISION=""'] if name == "service" else []
+        assert layers[-2 - len(above) :] == copies + above
+
+
+def test_the_requirements_are_those_of_each_image(tmp_path: Path) -> None:
+    """The stage's own program, on pyproject.toml as it is."""
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    (command,) = re.findall(r"^RUN python3 -c \"(.+)\"$", stage("requirements"), re.MULTILINE)
+    subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    assert (tmp_path / "service.txt").read_text().split("\n") == extras["service"] + extras["tracing"]
+    wanted = project["dependencies"] + [
+        each for extra in ("worker", "demo", "quantization", "tracing") for each in extras[extra]
+    ]
+    assert (tmp_path / "worker.txt").read_text().split("\n") == wanted
 
 
 def test_the_front_ends_image_has_no_heavy_parts() -> None:
@@ -77,7 +132,11 @@ def test_the_front_ends_image_has_no_heavy_parts() -> None:
     names = {re.split(r"[\[<>=]", each)[0] for each in extras["service"] + extras["tracing"]}
     assert not names & {"torch", "torchvision", "transformers", "numpy", "av", "prismprune", "accelerate"}
     copied = re.findall(r"^COPY (?!--from)(.+)$", stage("build-service"), re.MULTILINE)
-    assert copied == ["service service", "worker/__init__.py worker/contract.py worker/"]
+    assert copied == [
+        "pyproject.toml README.md LICENSE ./",
+        "service service",
+        "worker/__init__.py worker/contract.py worker/",
+    ]
 
 
 def test_the_build_sees_nothing_but_what_it_needs() -> None:
@@ -149,6 +208,20 @@ def test_uploads_are_spooled_on_disk(compose: Compose) -> None:
     assert "tmpfs" not in front_end
 
 
+def test_a_worker_has_room_for_videos(compose: Compose) -> None:
+    """On disk, in a volume of each worker's own: a tmpfs counts as memory, where videos are decoded."""
+    worker = compose()["worker"]
+    _, memory = room_for_videos(accepted("worker", told(worker, "worker")))
+    assert "/tmp" in worker["volumes"]  # noqa: S108 - a container's
+    assert "tmpfs" not in worker
+    assert size(worker["mem_limit"]) >= memory
+
+
+def test_workers_do_not_share_compiled_code() -> None:
+    """Triton's is loaded as it lies; all workers may write the cache, and none another's `/tmp`."""
+    assert image_environment("worker")["TRITON_HOME"] == "/tmp"  # noqa: S108 - a container's
+
+
 def test_the_images_have_the_names_that_they_are_built_by() -> None:
     """By the Dockerfile's commands, in compose and in the manifests; the tag is this version."""
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
@@ -179,6 +252,13 @@ def test_the_broker_keeps_accepted_jobs(compose: Compose) -> None:
     assert "broker:/data" in broker["volumes"]
 
 
+def test_a_broker_is_healthy_once_it_has_loaded_its_file(compose: Compose) -> None:
+    """`valkey-cli ping` prints LOADING and succeeds; `-e` makes it fail, for which there is time."""
+    check = compose()["broker"]["healthcheck"]
+    assert check["test"] == ["CMD", "valkey-cli", "-e", "ping"]
+    assert seconds(check["start_period"]) >= 300
+
+
 def test_prometheus_scrapes_the_ports_that_are_served(compose: Compose) -> None:
     """By the services' names, on the metrics ports of the images."""
     config = yaml.safe_load((ROOT / "monitoring/prometheus.yml").read_text())
@@ -204,7 +284,7 @@ def test_volumes_are_declared() -> None:
         volume.split(":")[0]
         for service in body["services"].values()
         for volume in service.get("volumes", ())
-        if not volume.startswith(".")
+        if not volume.startswith((".", "/"))
     }
     assert used == set(body["volumes"])
 

@@ -11,6 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from docs.sizes import CHECKPOINTS, PRECISIONS, rows
 from service.app import create_app
 from service.settings import ServiceSettings
 from tests.deploy.conftest import (
@@ -21,11 +22,13 @@ from tests.deploy.conftest import (
     keeps_accepted_jobs,
     kustomized,
     rendered,
+    room_for_videos,
     size,
     variables,
 )
 from tests.present import present
 from worker.probes import STALLED_S, Probes
+from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,7 +51,6 @@ CUSTOM: dict[tuple[str, str], dict[str, set[str]]] = {
             "minReplicaCount",
             "maxReplicaCount",
             "pollingInterval",
-            "cooldownPeriod",
             "fallback",
             "advanced",
             "triggers",
@@ -68,6 +70,10 @@ FOREIGN = {
     "OMP_NUM_THREADS",
 }
 """Environment of the hub's client, the object store's, and of torch's threads."""
+OLDEST = "1.30"
+"""Kubernetes' first with `preStop.sleep` in every cluster."""
+SYSTEM = {"cpu": 0.95, "memory": 290 << 20}
+"""What kind asks for on its one node: API server, etcd, scheduler, controllers, two resolvers, network."""
 LINK_LOCAL = IPv4Network("169.254.0.0/16")
 METADATA = ("169.254.169.254", "169.254.170.2", "169.254.170.23")
 """Where clouds hand out the machine's credentials, and the container's."""
@@ -140,12 +146,20 @@ def test_every_document_is_what_kubernetes_takes(documents: Documents) -> None:
     for document in documents:
         fields = CUSTOM.get((document["apiVersion"], document["kind"]))
         if fields is None:
-            kubernetes_validate.validate(document, "1.35", strict=True)
+            for version in (OLDEST, "1.35"):
+                kubernetes_validate.validate(document, version, strict=True)
             continue
         for where, known in fields.items():
             found = document["spec"][where] if where else document["spec"]
             for each in found if isinstance(found, list) else [found]:
                 assert each.keys() <= known
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_an_overlay_says_what_kubernetes_it_needs(overlay: str) -> None:
+    """The oldest whose schemas take it; on an older one the pods would be refused, or drop requests."""
+    head, *_ = (ROOT / "k8s" / "overlays" / overlay / "kustomization.yaml").read_text().split("apiVersion:")
+    assert f"Kubernetes {OLDEST} or newer" in head
 
 
 def test_names_are_unique_and_in_the_namespace(documents: Documents) -> None:
@@ -423,6 +437,73 @@ def test_a_front_end_has_room_for_bodies(documents: Documents) -> None:
             assert size(limits["memory"]) >= 32 * 3 * settings.max_json_bytes
 
 
+def test_a_worker_has_room_for_videos(documents: Documents) -> None:
+    """The largest for every job that it may hold on disk, and in memory for those that are decoded."""
+    for document, pod in workloads(documents):
+        if document["spec"]["template"]["metadata"]["labels"]["app.kubernetes.io/name"] == "worker":
+            (container,) = pod["containers"]
+            disk, memory = room_for_videos(accepted("worker", environment(container, documents)))
+            (scratch,) = (each["emptyDir"] for each in pod["volumes"] if each["name"] == "tmp")
+            limits = container["resources"]["limits"]
+            assert scratch.keys() == {"sizeLimit"}  # on disk: in memory it would count against the limit
+            assert min(size(scratch["sizeLimit"]), size(limits["ephemeral-storage"])) >= disk
+            assert size(limits["memory"]) >= memory
+
+
+def test_scratch_volumes_do_not_keep_a_node(documents: Documents) -> None:
+    """The cluster autoscaler removes a node with local volumes only where each is named as one to lose."""
+    for document, pod in workloads(documents):
+        scratch = {each["name"] for each in pod.get("volumes", ()) if "emptyDir" in each}
+        annotations = document["spec"]["template"]["metadata"].get("annotations", {})
+        named = annotations.get("cluster-autoscaler.kubernetes.io/safe-to-evict-local-volumes", "")
+        assert set(filter(None, named.split(","))) == scratch
+
+
+def test_workers_only_read_media() -> None:
+    """They decode what strangers send; only the front end stores and deletes."""
+    ((_, worker),) = ours(rendered("cpu-demo"), "worker")
+    ((_, front_end),) = ours(rendered("cpu-demo"), "service")
+    read_only = {
+        name: mount.get("readOnly", False)
+        for name, container in (("worker", worker), ("service", front_end))
+        for mount in container["volumeMounts"]
+        if mount["mountPath"] == "/media"
+    }
+    assert read_only == {"worker": True, "service": False}
+
+
+@pytest.mark.parametrize("resource", SYSTEM)
+def test_the_demo_fits_its_node_while_it_is_rolled_out(resource: str) -> None:
+    """CPUs and GiB as its head says: for the front end's surge, and what the cluster itself asks for."""
+    documents = rendered("cpu-demo")
+    head = (ROOT / "k8s/overlays/cpu-demo/kustomization.yaml").read_text()
+    cpus, gib = map(int, present(re.search(r"(\d+) CPUs and (\d+) GiB", head)).groups())
+    replicas = {
+        each["spec"]["scaleTargetRef"]["name"]: each["spec"]["minReplicas"]
+        for each in of_kind(documents, "HorizontalPodAutoscaler")
+    }
+    asked = SYSTEM[resource]
+    for document, pod in workloads(documents):
+        name, rolling = document["metadata"]["name"], document["spec"].get("strategy", {})
+        surge = rolling.get("rollingUpdate", {}).get("maxSurge", 0)
+        for container in pod["containers"]:
+            asked += (replicas.get(name, 1) + surge) * amount(container["resources"]["requests"][resource])
+    assert asked <= {"cpu": cpus, "memory": gib << 30}[resource]
+
+
+def amount(quantity: str) -> float:
+    """Of CPUs, `150m` or `2`; of bytes, `256Mi`."""
+    return int(quantity[:-1]) / 1000 if quantity.endswith("m") else size(quantity)
+
+
+def test_a_broker_that_loads_its_file_is_alive_and_not_ready() -> None:
+    """`valkey-cli ping` prints LOADING and succeeds; `-e` makes it fail, which must not have it restarted."""
+    ((_, broker),) = ours(rendered("cpu-demo"), "valkey")
+    asked = {kind: broker[f"{kind}Probe"]["exec"]["command"] for kind in ("startup", "liveness", "readiness")}
+    strict = ["valkey-cli", "-e", "ping"]
+    assert asked == {"startup": strict, "liveness": ["valkey-cli", "ping"], "readiness": strict}
+
+
 def test_the_demos_broker_keeps_accepted_jobs() -> None:
     """On disk, none is evicted, and a full broker refuses instead of being killed."""
     ((_, broker),) = ours(rendered("cpu-demo"), "valkey")
@@ -488,6 +569,21 @@ def test_a_rollout_never_needs_a_spare_gpu() -> None:
         assert rolling == {"maxSurge": 0, "maxUnavailable": 1}
         assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert [each["key"] for each in pod["tolerations"]] == ["nvidia.com/gpu"]
+
+
+def test_every_model_fits_the_gpus_that_the_overlay_asks_for() -> None:
+    """By the table of sizes, with two gigabytes beside: a worker may come to the smallest card there is."""
+    head = (ROOT / "k8s/overlays/gpu/kustomization.yaml").read_text()
+    (smallest,) = map(int, re.findall(r"GPUs of (\d+) GB or more", head))
+    planned = {each.name.lower(): each for each in CHECKPOINTS}
+    for _, container in ours(rendered("gpu"), "worker"):
+        settings = accepted("worker", environment(container, rendered("gpu")))
+        assert isinstance(settings, WorkerSettings)
+        (checkpoint,) = (each for name, each in planned.items() if name in settings.model.lower())
+        first, *_ = rows(checkpoint)
+        assert checkpoint.budgets[0] == settings.default_token_budget
+        gib = dict(zip(PRECISIONS.values(), map(float, first.strip("| ").split(" | ")[3:]), strict=True))
+        assert (gib[settings.quantization] + 2) * 2**30 <= smallest * 10**9
 
 
 def test_volumes_that_are_mounted_exist(documents: Documents) -> None:

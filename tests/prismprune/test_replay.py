@@ -5,6 +5,8 @@ What CUDA would replay is called instead, once more for its recording, as it wou
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prismprune import GenerationOptions, PrunedVLM
+from prismprune import GenerationOptions, PrunedVLM, batches
 from prismprune.attention import BlockReading
 from prismprune.caching import EncodingCache
 from prismprune.replay import (
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from prismprune.batches import Batch
     from prismprune.session import Pending
 
 ENOUGH = 2**30
@@ -194,6 +197,113 @@ def test_what_is_dropped_while_somebody_is_at_work_is_copied_first(vlm: PrunedVL
     assert said(session, requests) == [alone(vlm, one)]
 
 
+def test_the_memory_of_recorded_towers_is_room_too(vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make_room` drops them, and they may be all that there is."""
+    replay = TowerReplay(called)
+    monkeypatch.setattr(vlm._family, "tower_replay", replay)
+    session = vlm.session()
+    for _ in range(2):
+        vlm.encode(list(MEDIA[names(vlm)]["wide"]))
+    there = vlm.family != "qwen2_5_vl"  # whose towers are not recorded
+    assert (replay.bytes > 0) is there
+    assert session.make_room() is there
+    assert len(replay.recordings) == replay.bytes == 0
+    assert not session.make_room()
+
+
+class Copies:
+    """Counts keys and values that are copied into a room of their own, with `_roomy` and `_placed`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made = 0
+        for name in ("_roomy", "_placed"):
+            monkeypatch.setattr(batches, name, partial(self._counted, getattr(batches, name)))
+
+    def _counted(self, make: Callable[..., torch.Tensor], *given: Any) -> torch.Tensor:
+        self.made += 1
+        return make(*given)
+
+
+def seated(vlm: PrunedVLM, replay: Replay, *questions: str) -> tuple[Session, list[Pending], Batch]:
+    """A session whose batch has taken two steps in its place."""
+    session = replaying(vlm, replay)
+    requests = session.admit([asked(vlm, "wide", *questions, length=9)])
+    for _ in range(3):
+        session.step()
+    batch = session._running._batch
+    assert batch is not None
+    assert not batch.layers
+    return session, requests, batch
+
+
+def test_a_batch_that_leaves_its_place_is_copied_once(
+    vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To where a plain step has room already."""
+    replay = Replay(vlm.model, ENOUGH, called)
+    session, requests, batch = seated(vlm, replay)
+    copies = Copies(monkeypatch)
+    replay.steps.clear()
+    assert copies.made == 2 * len(batch.layers) > 0
+    replay.steps.max_bytes = 0
+    session.step()
+    assert copies.made == 2 * len(batch.layers)
+    finish(session)
+    assert said(session, requests) == [alone(vlm, request.asked) for request in requests]
+
+
+def test_a_batch_that_others_join_is_copied_once(vlm: PrunedVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From its place to beside them."""
+    replay = Replay(vlm.model, ENOUGH, called)
+    session, requests, _ = seated(vlm, replay)
+    requests += session.admit([asked(vlm, "tall", "Why?")])
+    copies = Copies(monkeypatch)
+    session.step()
+    batch = session._running._batch
+    assert batch is not None
+    assert copies.made == 2 * len(batch.layers) > 0
+    finish(session)
+    assert said(session, requests) == [alone(vlm, request.asked) for request in requests]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_released_batch_is_as_it_was_when_others_take_its_place(vlm: PrunedVLM, *, plain: bool) -> None:
+    """Its keys and values are views of the place, until somebody writes there; it goes on either way."""
+    replay = Replay(vlm.model, ENOUGH, called)
+    session, requests, batch = seated(vlm, replay, "What?", "And a longer question?")
+    replay.release(batch)
+    arena = replay.steps._arena
+    assert arena is not None
+    assert arena.lent_to(batch)
+    held = [[tensor.clone() for tensor in layer.tensors] for layer in batch.layers]
+    other, others, _ = seated(vlm, replay, "Who?")
+    assert not arena.lent_to(batch)
+    for layer, expected in zip(batch.layers, held, strict=True):
+        for tensor, same in zip(layer.tensors, expected, strict=True):
+            assert torch.equal(tensor, same)
+    if plain:
+        replay.clear()
+        replay.steps.max_bytes = 0
+    while session.pending or other.pending:
+        session.step()
+        other.step()
+    for one, asking in ((session, requests), (other, others)):
+        assert said(one, asking) == [alone(vlm, request.asked) for request in asking]
+
+
+def test_a_released_batch_goes_on_where_it_was(vlm: PrunedVLM) -> None:
+    """Also where what it has become needs more columns, which lie elsewhere in the same memory."""
+    replay = Replay(vlm.model, ENOUGH, called)
+    session = replaying(vlm, replay)
+    requests = session.admit([asked(vlm, "wide", "What?", "Why is it like that?", "Who?", length=30)])
+    while session.pending:
+        session.step()
+        if (batch := session._running._batch) is not None:
+            replay.release(batch)
+    assert len({size.columns for size in replay.steps.recordings._made}) > 1
+    assert said(session, requests) == [alone(vlm, request.asked) for request in requests]
+
+
 def test_a_batch_that_is_too_large_takes_plain_steps(vlm: PrunedVLM) -> None:
     """Until it is small enough: the bytes are a bound."""
     one = asked(vlm, "wide", "Why?", "Who?", "What?", length=4)
@@ -336,17 +446,46 @@ def test_a_prompts_size_holds_it_and_little_more(rows: int, known: int, queries:
         assert tokens <= place < tokens + max(32, tokens / 4)
 
 
+class Work:
+    """None."""
+
+    def __init__(self) -> None:
+        self.replay = self.run
+
+    def run(self) -> None:
+        """Nothing."""
+
+
+def test_two_threads_never_record_at_once() -> None:
+    """CUDA would end either's recording, and the work be taken for one that cannot be recorded."""
+    begun, made, inside = threading.Event(), threading.Event(), threading.Event()
+
+    def first(run: Callable[[], None], pool: Any) -> Callable[[], None]:
+        begun.set()
+        assert made.wait(10)
+        assert not inside.wait(0.05)
+        return called(run, pool)
+
+    def second(run: Callable[[], None], pool: Any) -> Callable[[], None]:
+        inside.set()
+        return called(run, pool)
+
+    def make() -> Work:
+        made.set()
+        return Work()
+
+    one: Recordings[int, Work] = Recordings(first, most=2, patience=1)
+    other: Recordings[int, Work] = Recordings(second, most=2, patience=1)
+    with ThreadPoolExecutor() as threads:
+        recorded = threads.submit(one.find, 1, Work)
+        assert begun.wait(10)
+        assert threads.submit(other.find, 1, make).result(10) is not None
+        assert recorded.result(10) is not None
+
+
 def test_the_recording_unused_for_longest_goes_first() -> None:
     """At most as many as there may be."""
-
-    class Work:
-        def __init__(self) -> None:
-            self.replay = self.run
-
-        def run(self) -> None:
-            """Nothing."""
-
-    kept: Recordings[int, Work] = Recordings(called, most=2, patience=1, shared=True)
+    kept: Recordings[int, Work] = Recordings(called, most=2, patience=1)
     first, second = kept.find(1, Work), kept.find(2, Work)
     assert kept.find(1, Work) is first
     kept.find(3, Work)

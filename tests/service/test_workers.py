@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
+import pytest
 from redis import Redis
 
 from service.workers import FORGET_AFTER_S
 from tests.service.conftest import MODEL, question, serving
+from worker.contract import WORKERS_KEY
 
 if TYPE_CHECKING:
     from tests.service.conftest import MakeSettings, StandInWorker
@@ -27,6 +29,17 @@ async def test_heartbeats_are_not_read_for_every_request(
                 response = await client.post("/v1/answer", json=body, headers={"Prefer": "respond-async"})
                 assert response.status_code == 202
             assert broker.info("commandstats")["cmdstat_hvals"]["calls"] == 1
+
+
+@pytest.mark.parametrize("beat", ["not json", "[]", '{"seen_at": null}', b"\xff"])
+async def test_what_is_no_heartbeat_hides_no_worker(
+    make_settings: MakeSettings, worker: StandInWorker, broker_url: str, beat: str | bytes
+) -> None:
+    """The hash is everyone's, of any version."""
+    with Redis.from_url(broker_url) as broker:
+        broker.hset(WORKERS_KEY, "odd", beat)
+    async with serving(make_settings()) as client:
+        assert f'prismprune_workers{{model="{MODEL}"}} 1.0' in (await client.get("/metrics")).text
 
 
 async def test_a_model_of_the_settings_is_missed_before_a_worker_of_it_was_seen(

@@ -6,6 +6,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -18,8 +19,6 @@ from worker.heartbeat import FORGET_S, Heartbeat
 from worker.stops import StopReason
 
 if TYPE_CHECKING:
-    import pytest
-
     from tests.worker.conftest import MakeJob
     from worker.jobs import Jobs
 
@@ -50,9 +49,13 @@ class Status:
 
 
 def beating(redis: Redis, jobs: Jobs, status: Status, every_s: float, **changes: Any) -> Heartbeat:
-    """A heartbeat that sends nothing again and checks nothing, unless told."""
-    hooks = {"send_again": lambda _id, _payload: None, "check": lambda: None} | changes
+    """A heartbeat that sends nothing again and checks nothing, and does not die, unless told."""
+    hooks = {"send_again": lambda _id, _payload: None, "check": lambda: None, "on_death": _raise} | changes
     return Heartbeat(redis, jobs, status, every_s=every_s, **hooks)
+
+
+def _raise(error: BaseException) -> None:
+    raise error
 
 
 def test_a_worker_is_listed_until_it_leaves(redis: Redis, jobs: Jobs) -> None:
@@ -105,6 +108,38 @@ def test_a_worker_that_is_long_gone_is_forgotten(redis: Redis, jobs: Jobs) -> No
     with beating(redis, jobs, status, 0.01):
         assert status.asked_twice.wait(10)
         assert redis.hkeys(WORKERS_KEY) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "beat", ["not json", "[]", "{}", '{"seen_at": null}', '{"seen_at": NaN}', "[" * 100_000, b"\xff"]
+)
+def test_what_is_no_heartbeat_is_forgotten(redis: Redis, jobs: Jobs, beat: str | bytes) -> None:
+    """And ends nobody's: the hash is everyone's, of any version."""
+    redis.hset(WORKERS_KEY, "odd", beat)
+    redis.hset(WORKERS_KEY, b"\xff", beat)
+    status = Status()
+    with beating(redis, jobs, status, 0.01):
+        assert status.asked_twice.wait(10)
+        assert redis.hkeys(WORKERS_KEY) == ["one"]
+
+
+@pytest.mark.parametrize("place", ["send_again", "check"])
+def test_a_heartbeat_does_not_end_without_a_word(redis: Redis, make_job: MakeJob, place: str) -> None:
+    """Its process would go on with leases that nobody renews."""
+    jobs, told = tiny_jobs(redis, lease_s=0.05), list[BaseException]()
+    claimed(tiny_jobs(redis, lease_s=0.05), make_job().id, "{}")
+    dead, error = threading.Event(), RuntimeError()
+
+    def fail(*_: object) -> None:
+        raise error
+
+    def on_death(by: BaseException) -> None:
+        told.append(by)
+        dead.set()
+
+    with beating(redis, jobs, Status(), 0.01, on_death=on_death, **{place: fail}):
+        assert dead.wait(10)
+    assert told == [error]
 
 
 def test_a_cancellation_is_heard_at_once(redis: Redis, make_job: MakeJob) -> None:

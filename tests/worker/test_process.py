@@ -155,15 +155,31 @@ def test_a_worker_without_its_model_says_so_and_leaves(
     assert not redis.exists(WORKERS_KEY)
 
 
-def test_a_dead_engine_ends_the_process(
+def test_a_worker_serves_the_revision_that_it_is_told(
+    monkeypatch: pytest.MonkeyPatch, broker_url: str, redis: Redis, media_url: str, tmp_path: Path
+) -> None:
+    """From the hub's cache, whose `main` is another commit; weights, processor and all, and it says so."""
+    pinned, repository = "1" * 40, tmp_path / "hub" / "models--us--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("2" * 40)
+    save_tiny_llava(repository / "snapshots" / pinned)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    told = {"broker_url": broker_url, "media_url": media_url, "model": "us/tiny", "worker_metrics_port": 0}
+    with worker_process(**told, revision=pinned) as running:
+        status = until(lambda: warm_status(redis), running)
+    assert (status.model, status.family, status.revision) == ("us/tiny", "llava", pinned)
+
+
+def test_a_dead_part_ends_the_process(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """At once and with a code of its own; the log has the kind of error and not what it quotes."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    process._die(SystemExit("secret"))
+    process._die("engine", SystemExit("secret"))
     assert codes == [process.EX_ENGINE_DIED]
-    assert "SystemExit" in caplog.text
+    assert "the engine died: SystemExit" in caplog.text
     assert "secret" not in caplog.text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 from pydantic import ValidationError
@@ -13,6 +14,9 @@ from service.settings import ServiceSettings
 from worker.app import create_app
 from worker.contract import TASK_ANSWER
 from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 @pytest.mark.parametrize(("said", "meant"), [("128", 128), ("all", "all"), ("", 64)])
@@ -63,6 +67,24 @@ def test_a_quantization_that_is_none_is_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(ValidationError):
         WorkerSettings(media_url="memory://")
+
+
+@pytest.mark.parametrize(("said", "meant"), [("abc123", "abc123"), ("", None)])
+def test_a_model_of_a_hub_can_be_pinned(
+    monkeypatch: pytest.MonkeyPatch, said: str, meant: str | None
+) -> None:
+    """What the hub has under the model's name may change; an empty variable pins nothing."""
+    monkeypatch.setenv("PRISM_MODEL", "hub/model")
+    monkeypatch.setenv("PRISM_REVISION", said)
+    assert WorkerSettings(media_url="memory://").revision == meant
+
+
+@pytest.mark.parametrize("model", ["prism-demo", "a directory"])
+def test_what_has_no_revision_cannot_be_pinned(tmp_path: Path, model: str) -> None:
+    """It would be ignored, and reported as what is served."""
+    name = model if model == "prism-demo" else str(tmp_path)
+    with pytest.raises(ValidationError, match="PRISM_REVISION"):
+        WorkerSettings(media_url="memory://", model=name, revision="abc123")
 
 
 def test_a_lease_must_outlive_a_heartbeat() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from worker.pulse import ALIVE, STALLED, Pulse
 from worker.settings import WorkerSettings
-from worker.supervisor import BACKOFF_S, BAD_SETTING, EX_GIVE_UP, HOPELESS, MINUTE_S, Supervisor, main
+from worker.supervisor import BACKOFF_S, BAD_SETTING, EX_GIVE_UP, FAILED, HOPELESS, MINUTE_S, Supervisor, main
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,6 +35,7 @@ for word in what.split("+"):
     elif word == "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif word == "die": os.kill(os.getpid(), signal.SIGKILL)
     elif word == "ready": print("ready", flush=True)
+    elif word == "raise": raise RuntimeError("CUDA error: out of memory")
     else: sys.exit(int(word))
 """
 PARENT = """
@@ -84,7 +85,12 @@ def test_what_dies_is_started_again(diary: Path) -> None:
 
 def test_what_no_restart_mends_is_not_tried(diary: Path) -> None:
     """The process says so by its code, unless it has been warm before: then it is a death like another."""
-    assert outcome(diary, f"warm+{EX_GIVE_UP},{EX_GIVE_UP}") == (EX_GIVE_UP, 2)
+    assert outcome(diary, f"warm+{EX_GIVE_UP},{EX_GIVE_UP}") == (FAILED, 2)
+
+
+def test_an_error_that_nobody_caught_is_not_that(diary: Path) -> None:
+    """Memory that was short at a start need not be at the next."""
+    assert outcome(diary, "raise,warm+0") == (0, 2)
 
 
 def test_what_never_gets_warm_is_given_up(diary: Path) -> None:
