@@ -58,8 +58,9 @@ class WorkerSettings(BaseSettings):
     max_batch: Annotated[int, Field(ge=1)] = 8
     """Requests answered at once; others join as these end."""
     max_batch_tokens: Annotated[int, Field(ge=1)] = 32_768
-    """Text and visual tokens, with room for the longest answers: once those at work may come to take so many,
-    no other joins. A token of LLaVA-1.5-7B takes 0.5 MiB at 16 bits; `prismprune plan` prints a request's."""
+    """Text and visual tokens, with room for the longest answers, of those answered together: each question
+    takes the room of the longest. One request by itself may take more, unless more than half of that would be
+    padding. A token of LLaVA-1.5-7B takes 0.5 MiB at 16 bits; `prismprune plan` prints a request's."""
     max_wait_ms: Annotated[float, Field(ge=0)] = 200
     """How long an idle engine's first job waits, at most, to share a batch with others: a twentieth of what
     the last answer took, and only for jobs that this worker is decoding and for the next ones of callers
