@@ -21,18 +21,26 @@ import torch
 from PIL import Image, ImageDraw
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from matplotlib.axes import Axes
     from torch import nn
 
 K = TypeVar("K")
+N = TypeVar("N", int, float)
 T = TypeVar("T")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 """What passes, and what this process computes: the latter where other work shares the cores."""
 MIB = 2**20
 OUTPUTS = {"json": "file for the results", "plot": "file for the plot, such as plot.png"}
 """Options that name a file."""
+ALL = "all"
+"""The budget that keeps every token."""
+P99_OF = 100
+"""Values of which the 99th percentile is not just the greatest."""
+PROC = Path("/proc")
+FORGET_PEAK = "5"
+"""What the kernel reads in a process's `clear_refs` as to begin anew with its peak: see proc(5)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +69,24 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
-def in_turns(sides: Mapping[K, Callable[[int], T]], rounds: int) -> dict[K, list[T]]:
-    """What each side gives for the rounds 1 to `rounds`; round 0, of first times, is dropped.
+def tail_name(count: int) -> str:
+    """What to call `percentile(values, 0.99)` of so many values: of few it is the greatest of them."""
+    return "p99" if count >= P99_OF else "most"
 
-    The order moves on from round to round, so that whatever slows the machine down meets all sides.
+
+def in_turns(sides: Mapping[K, Callable[[int], T]], rounds: int, *, warm_up: int = 1) -> dict[K, list[T]]:
+    """What each side gives in each of the `rounds`, behind `warm_up` of first times, which are dropped.
+
+    Sides are called with the number of the round, from 0 on. The order moves on from round to round, so that
+    whatever slows the machine down meets all of them.
     """
     names = list(sides)
     measured: dict[K, list[T]] = {name: [] for name in names}
-    for number in range(rounds + 1):
+    for number in range(warm_up + rounds):
         for place in range(len(names)):
             name = names[(place + number) % len(names)]
             result = sides[name](number)
-            if number > 0:
+            if number >= warm_up:
                 measured[name].append(result)
     return measured
 
@@ -117,15 +131,25 @@ def reset_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
-        Path("/proc/self/clear_refs").write_text("5")
+        forget_resident_peak()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most that was allocated on CUDA, or resident elsewhere (VmHWM), since the last reset."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    """The most that was allocated on CUDA, or resident elsewhere, since the last reset."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes()[1]
+
+
+def forget_resident_peak(process: int | str = "self") -> None:
+    """From now on the kernel keeps a new peak of that process's resident set."""
+    (PROC / str(process) / "clear_refs").write_text(FORGET_PEAK)
+
+
+def resident_bytes(process: int | str = "self") -> tuple[int, int]:
+    """A process's resident set now, and at its peak; of one that ended and is not gone, nothing."""
+    lines = (PROC / str(process) / "status").read_text().splitlines()
+    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
+    now, peak = (int(sizes.get(name, "0 kB").split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+    return now, peak
 
 
 def apart(module: str, *argv: object) -> Any:
@@ -134,29 +158,83 @@ def apart(module: str, *argv: object) -> Any:
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)  # noqa: S603 (ours)
 
 
-def options(about: str | None, *, rounds: int | None = None, clock: bool = False) -> argparse.ArgumentParser:
+def options(
+    about: str | None, *, rounds: int | None = None, clock: bool = False, threads: str = "torch's"
+) -> argparse.ArgumentParser:
     """A parser with the options that the benchmarks share; `about` is the script's own docstring.
 
-    rounds: how many by default, where sides take turns and this process runs torch. clock: whether one may
-    choose what is counted, where this process alone is measured.
+    rounds: how many by default, where sides take turns. clock: whether one may choose what is counted, where
+    this process alone is measured. threads: whose they are.
     """
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=about, formatter_class=formatter)
     if rounds is not None:
-        parser.add_argument("--rounds", type=int, default=rounds, help="measured, after one that is dropped")
-        add_threads(parser)
+        told = "measured, after what is dropped"
+        parser.add_argument("--rounds", type=at_least(1), default=rounds, help=told)
+        add_threads(parser, threads)
     if clock:
         told = "cpu: processor time, for a machine that has other work to do"
         parser.add_argument("--clock", choices=CLOCKS, default="wall", help=told)
     for output, told in OUTPUTS.items():
-        parser.add_argument(f"--{output}", type=Path, help=told)
+        parser.add_argument(f"--{output}", type=output_file, help=told)
     return parser
 
 
-def add_threads(parser: argparse.ArgumentParser) -> None:
+def add_threads(parser: argparse.ArgumentParser, whose: str = "torch's") -> None:
     """The option that `torch.set_num_threads` takes."""
     default = torch.get_num_threads()
-    parser.add_argument("--threads", type=int, default=default, help="torch's; default: its own choice")
+    parser.add_argument("--threads", type=at_least(1), default=default, help=f"{whose}; default: %(default)s")
+
+
+def output_file(text: str) -> Path:
+    """An argument's type: a file that can be written when all is measured, hours later perhaps."""
+    file = Path(text)
+    if file.is_dir() or not os.access(file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return file
+
+
+def at_least(least: N) -> Callable[[str], N]:
+    """An argument's type: a number of the kind of `least`, and no less."""
+
+    def number(text: str) -> N:
+        try:
+            value = type(least)(text)
+        except ValueError:
+            value = None
+        if value is None or not least <= value < math.inf:
+            kind = "whole number" if isinstance(least, int) else "number"
+            raise argparse.ArgumentTypeError(f"{text!r} is no {kind} of at least {least}")
+        return value
+
+    return number
+
+
+def kept_tokens(text: str) -> str:
+    """An argument's type: how many visual tokens stay, or `ALL`."""
+    if text != ALL:
+        at_least(1)(text)
+    return text
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """An argument's type: one of these."""
+
+    def name(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+        return text
+
+    return name
+
+
+def several(each: Callable[[str], T]) -> Callable[[str], tuple[T, ...]]:
+    """An argument's type: values with commas between them, none twice."""
+
+    def values(text: str) -> tuple[T, ...]:
+        return tuple(dict.fromkeys(each(part.strip()) for part in text.split(",")))
+
+    return values
 
 
 def publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,8 +28,10 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from benchmarks import published
 from benchmarks.published import VICUNA_7B, VICUNA_13B
 from prismprune import PrunedVLM
+from prismprune.cpu_layers import use_cpu_products
 from prismprune.families import FAMILIES
-from prismprune.loading import Loaded
+from prismprune.heap import keep_freed_memory
+from prismprune.loading import Loaded, _pack_only_what_fits
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -40,6 +43,8 @@ PACKED_BYTES: int = WorkerSettings.model_fields["packed_weights_bytes"].default
 """So that the library in a benchmark's process multiplies as the service's worker does."""
 CUDA_GRAPH_BYTES: GraphBytes = WorkerSettings.model_fields["cuda_graph_bytes"].default
 """And decodes as it does."""
+WARM_UP_CUDA = 3
+"""Rounds. The second prompt of a size is recorded on CUDA, and some of the third one's, too."""
 SIDE, PATCH = 336, 14
 IMAGE_TOKEN_ID = 2
 
@@ -63,6 +68,15 @@ GEOMETRIES = {
     "llava-1.6-7b": Geometry(VICUNA_7B, crops=5),
     "llava-1.6-13b": Geometry(VICUNA_13B, crops=5),
 }
+
+
+def as_the_worker(threads: int) -> None:
+    """Make this process one that computes as the worker's serving process does; the first of all."""
+    from worker.process import SWITCH_S  # noqa: PLC0415 (19 MiB that no measured memory should have)
+
+    keep_freed_memory()
+    sys.setswitchinterval(SWITCH_S)
+    torch.set_num_threads(threads)
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -116,11 +130,13 @@ def random_llava(
     dtype: torch.dtype,
     quantization: str | None = None,
     cuda_graph_bytes: GraphBytes = 0,
+    plain: bool = False,
 ) -> PrunedVLM:
     """One of `GEOMETRIES`, tower and projector whole, the language model with so many of its layers.
 
-    Weights are random; the language model's layers are quantized where asked for. They are made one layer
-    after the other, so that no more than one is ever held unquantized.
+    Weights are random, and the same each time; the language model's layers are quantized where asked for.
+    They are made one layer after the other, so that no more than one is ever held unquantized. plain: on a
+    CPU, too, its layers stay as transformers has them; otherwise they multiply as the worker's.
     """
     geometry = GEOMETRIES[name]
     shape = geometry.text | {"num_hidden_layers": 1}
@@ -143,6 +159,10 @@ def random_llava(
     processor = word_processor() if geometry.crops == 1 else word_processor_of_crops()
     layout = None if geometry.crops == 1 else "paper"
     family = FAMILIES[model.config.model_type](model, processor, layout)
+    if device.type == "cpu" and not plain:
+        use_cpu_products(model, PACKED_BYTES, family.outside)
+        if quantization == "nf4":
+            _pack_only_what_fits(model)
     loaded = Loaded(name, family, frozenset(), None, quantization)
     return PrunedVLM(loaded, cuda_graph_bytes=cuda_graph_bytes)
 

@@ -18,7 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
+from benchmarks._measure import (
+    Spread,
+    in_turns,
+    markdown,
+    one_of,
+    options,
+    plotted,
+    publish,
+    ratios,
+    several,
+)
 from prismprune.cpu_attention import CpuAttention, looked_at_all
 from prismprune.heap import keep_freed_memory
 
@@ -46,17 +56,18 @@ PROMPTS = (82, 200, 300, 594)
 ROOM = 64
 """Tokens that a cache has room for beyond those it holds."""
 LAYERS = 8
+DTYPES = ("float32", "bfloat16")
 
 
 def main() -> None:
     parser = options(__doc__, rounds=15)
-    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--dtypes", type=several(one_of(DTYPES)), default=DTYPES)
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     keep_freed_memory()
     rows = []
     with torch.inference_mode():
-        for dtype in asked.dtypes.split(","):
+        for dtype in asked.dtypes:
             for model, case, ways, sizes in cases():
                 took, gain = measured(ways, sizes, getattr(torch, dtype), asked.rounds)
                 rows.append({"dtype": dtype, "model": model, "case": case, "ms": took, "gain": gain})

@@ -4,9 +4,9 @@
     python -m benchmarks.compiled --model DIRECTORY --rounds 9 --json compiled.json
 
 One picture through the tower, a prompt of so many tokens and a decoding step behind it, of a LLaVA-1.5 in
-float32. Compiled code is Inductor's with the weights taken for constants (`freezing`); steps write to
-transformers' `StaticCache`, which is made for it. It takes a C++ compiler, and half a minute a stage, again
-for each new length.
+float32. Compiled code is Inductor's with the weights taken for constants (`freezing`); its steps write to
+transformers' `StaticCache`, which is made for it, others to caches that grow. It takes a C++ compiler, and
+half a minute a stage, again for each new length.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import LlavaForConditionalGeneration, StaticCache
+from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
 
 from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
-from benchmarks._models import PACKED_BYTES
+from benchmarks._models import PACKED_BYTES, as_the_worker
 from prismprune import PrunedVLM
 from prismprune.batches import Batch, roomy_cache
 from prismprune.cpu_steps import CpuSteps
-from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO, resolve
 
 if TYPE_CHECKING:
@@ -49,8 +48,7 @@ def main() -> None:
     asked = parser.parse_args()
     if not any(map(shutil.which, ("g++", "clang++"))):
         raise SystemExit("torch.compile needs a C++ compiler on a CPU, and there is none.")
-    torch.set_num_threads(asked.threads)
-    keep_freed_memory()
+    as_the_worker(asked.threads)
     path = resolve(asked.model)
     plain: Any = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
     worker = PrunedVLM.from_pretrained(path, device="cpu", dtype="float32", packed_bytes=PACKED_BYTES).model
@@ -115,23 +113,30 @@ def works(through: Callable[[Any, Tensor], Tensor], plain: Any, worker: Any, giv
 
 
 def steps(plain: Any, worker: Any) -> Works:
-    """Each feeds the same token, the worker's always behind the last one."""
+    """Each feeds the same token: compiled behind the prompt each time, others behind the last one."""
     ids = torch.arange(PROMPT)[None]
-    caches = {way: StaticCache(plain.config, max_cache_len=ROOM) for way in ("plain", "compiled")}
-    for cache in caches.values():
+    still: Any = StaticCache(plain.config, max_cache_len=ROOM)
+    growing: Any = DynamicCache(config=plain.config)
+    for cache in (still, growing):
         plain.model.language_model(input_ids=ids, past_key_values=cache, use_cache=True)
 
-    def fed(cache: Any, token: Tensor) -> Tensor:
-        for layer in cache.layers:
-            layer.cumulative_length.fill_(PROMPT)
+    def fed(cache: Any, token: Tensor, place: int) -> Tensor:
         states = plain.model.language_model(
             input_ids=token,
-            position_ids=torch.full_like(token, PROMPT),
+            position_ids=torch.full_like(token, place),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
         logits: Tensor = plain.lm_head(states[:, -1])
         return logits
+
+    def in_place(token: Tensor) -> Tensor:
+        for layer in still.layers:
+            layer.cumulative_length.fill_(PROMPT)
+        return fed(still, token, PROMPT)
+
+    def by_transformers() -> Tensor:
+        return fed(growing, token, growing.get_seq_length())
 
     batch = Batch(roomy_cache(), torch.zeros(1, 0, dtype=torch.long), torch.tensor([PROMPT]), None)
     with torch.inference_mode():
@@ -147,9 +152,9 @@ def steps(plain: Any, worker: Any) -> Works:
             raise RuntimeError("the worker's model takes plain steps")
         return logits
 
-    token, graph = torch.ones(1, 1, dtype=torch.long), compiled(partial(fed, caches["compiled"]))
+    token, graph = torch.ones(1, 1, dtype=torch.long), compiled(in_place)
     return {
-        "plain": partial(fed, caches["plain"], token),
+        "plain": by_transformers,
         "compiled": partial(graph, token),
         "worker": by_worker,
     }

@@ -4,7 +4,8 @@
     python -m benchmarks.engine --device cuda --model llava-1.5-13b --quantization nf4 --budgets 128,64
     python -m benchmarks.engine --layers 2 --clients 1,4                # on a CPU, 2 of 32 layers
 
-The geometry of a published model with random weights. Every client asks about a new picture as soon as it has
+The geometry of a published model with random weights, which on a CPU are there twice: `transformers` has them
+without the worker's products. Every client asks about a new picture as soon as it has
 its last answer, and every answer has as many tokens. `transformers` is what one writes without a server:
 pictures of all clients through the processor and `generate`, unpruned, as one batch; the engine takes as many
 at once. Both begin with pictures, and see the same ones. `benchmarks.serving` compares whole servers; this
@@ -25,8 +26,10 @@ import torch
 
 from benchmarks._measure import (
     Spread,
+    at_least,
     draw_lines,
     in_turns,
+    kept_tokens,
     markdown,
     options,
     percentile,
@@ -34,10 +37,11 @@ from benchmarks._measure import (
     plotted,
     publish,
     ratios,
+    several,
+    tail_name,
 )
-from benchmarks._models import CUDA_GRAPH_BYTES, GEOMETRIES, random_llava
+from benchmarks._models import CUDA_GRAPH_BYTES, GEOMETRIES, as_the_worker, random_llava
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
-from prismprune.heap import keep_freed_memory
 from prismprune.loading import torch_dtype
 from prismprune.quantization import DTYPES, KINDS
 from worker.engine import Engine
@@ -147,23 +151,24 @@ def pictures(number: int) -> Iterator[Image.Image]:
 
 def main() -> None:
     asked = parsed()
-    keep_freed_memory()  # as the worker does
-    torch.set_num_threads(asked.threads)
+    as_the_worker(asked.threads)
     device, geometry = torch.device(asked.device), GEOMETRIES[asked.model]
-    vlm = random_llava(
+    model = partial(
+        random_llava,
         asked.model,
         asked.layers or geometry.layers,
         device=device,
         dtype=torch_dtype(asked.dtype or ("float32" if device.type == "cpu" else "bfloat16")),
         quantization=asked.quantization,
-        cuda_graph_bytes=CUDA_GRAPH_BYTES,
     )
-    budgets = {f"prismprune {each}": TokenBudget.parse(each) for each in asked.budgets.split(",")}
+    vlm = model(cuda_graph_bytes=CUDA_GRAPH_BYTES)
+    plain = model(plain=True) if device.type == "cpu" else vlm
+    budgets = {f"prismprune {each}": TokenBudget.parse(each) for each in asked.budgets}
     rows: list[dict[str, Any]] = []
-    for clients in map(int, asked.clients.split(",")):
-        sides: dict[str, Plain | Pruned] = {BASELINE: Plain(vlm, clients, asked.waves, asked.tokens)}
-        for name, budget in budgets.items():
-            sides[name] = Pruned(vlm, budget, clients, asked.waves, asked.tokens)
+    for clients in asked.clients:
+        sides: dict[str, Plain | Pruned] = {BASELINE: Plain(plain, clients, asked.waves, asked.tokens)}
+        for name, kept in budgets.items():
+            sides[name] = Pruned(vlm, kept, clients, asked.waves, asked.tokens)
         measured = in_turns(sides, asked.rounds)
         rows += [row(clients, name, measured[name], measured[BASELINE]) for name in sides]
     facts: dict[str, Any] = {"of_layers": geometry.layers}
@@ -175,37 +180,43 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = options(__doc__, rounds=3)
     parser.add_argument("--model", choices=GEOMETRIES, default="llava-1.5-7b")
-    parser.add_argument("--layers", type=int, help="of the language model; default: all")
+    parser.add_argument("--layers", type=at_least(1), help="of the language model; default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--quantization", choices=KINDS, help="of the language model's layers")
-    parser.add_argument("--budgets", default="all,128,64,32")
-    parser.add_argument("--clients", default="1,8,32")
-    parser.add_argument("--waves", type=int, default=3, help="requests of each client in a round")
-    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
+    parser.add_argument("--budgets", type=several(kept_tokens), default=("all", "128", "64", "32"))
+    parser.add_argument("--clients", type=several(at_least(1)), default=(1, 8, 32))
+    parser.add_argument("--waves", type=at_least(1), default=3, help="requests of each client in a round")
+    parser.add_argument("--tokens", type=at_least(1), default=16, help="of each answer")
     return parser.parse_args()
 
 
 def row(clients: int, side: str, rounds: Sequence[Round], base: Sequence[Round]) -> dict[str, Any]:
-    """Rates and median times, and their ratios to the baseline's of the same round."""
+    """Rates and median times, and their ratios to the baseline's of the same round.
+
+    p99_ms: of fewer answers than a hundred the most.
+    """
 
     def median(one: Round) -> float:
         return percentile(one.seconds, 0.5)
 
+    answers = [each for one in rounds for each in one.seconds]
     return {
         "clients": clients,
         "side": side,
+        "answers": len(answers),
         "per_s": asdict(Spread.of(one.per_s for one in rounds)),
         "rate": asdict(ratios([one.per_s for one in rounds], [one.per_s for one in base])),
         "p50_ms": asdict(Spread.of(median(one) * 1e3 for one in rounds)),
         "p50": asdict(ratios(list(map(median, rounds)), list(map(median, base)))),
-        "p99_ms": percentile([each for one in rounds for each in one.seconds], 0.99) * 1e3,
+        "p99_ms": percentile(answers, 0.99) * 1e3,
     }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown."""
-    header = ("clients", "side", "requests/s", "times the rate", "p50, ms", "times its p50", "p99, ms")
+    header: tuple[str, ...] = ("clients", "side", "requests/s", "times the rate", "p50, ms", "times its p50")
+    header += ("p99, ms", "which is the")
     return markdown(
         header,
         [
@@ -217,6 +228,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 Spread(**one["p50_ms"]),
                 Spread(**one["p50"]),
                 f"{one['p99_ms']:.0f}",
+                tail_name(one["answers"]),
             )
             for one in rows
         ],

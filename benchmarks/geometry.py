@@ -7,7 +7,9 @@
 LLaVA-1.5 and 1.6 with random weights: tower and projector are whole, the language model has as many of its
 layers as are asked for (all, if not said), and the output says how many; nothing is estimated for layers that
 are not there. LLaVA-1.6 is packed as in the paper, without unpadding and newlines. Every round asks about a
-new picture at each budget, in an order that moves on. On CUDA decoding steps are replayed, as in the worker.
+new picture at each budget, in an order that moves on. Products are the worker's, and on CUDA what it records
+is recorded in three rounds that are dropped. The process's allocator is left as it is: what it would keep of
+one budget's memory would be the next one's, too.
 
 The paper times whole answers of LLaVA-1.6-13B on a GPU, at 640, 320 and 160 of 2880 tokens; its memory is
 that of the device at the peak, weights and all.
@@ -23,10 +25,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks._measure import (
+    ALL,
     CLOCKS,
     MIB,
     Spread,
+    at_least,
     in_turns,
+    kept_tokens,
     markdown,
     options,
     peak_bytes,
@@ -35,8 +40,9 @@ from benchmarks._measure import (
     publish,
     ratios,
     reset_peak,
+    several,
 )
-from benchmarks._models import CUDA_GRAPH_BYTES, GEOMETRIES, random_llava
+from benchmarks._models import CUDA_GRAPH_BYTES, GEOMETRIES, WARM_UP_CUDA, random_llava
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.loading import torch_dtype
 from prismprune.meters import memory_bytes
@@ -49,7 +55,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-ALL = "all"
 QUESTION = " ".join(["word"] * 40)
 """As many text tokens as a usual prompt has, system text included."""
 PAPER_SECONDS = {576: 3073, 128: 1364, 64: 1084, 32: 942}
@@ -133,10 +138,11 @@ def main() -> None:
         cuda_graph_bytes=CUDA_GRAPH_BYTES,
     )
     resident = vlm.memory_bytes() // MIB
-    budgets, clock = [ALL, *asked.budgets.split(",")], clock_of(device, asked.clock)
-    sides = {budget: Answering(vlm, budget, asked.new_tokens, clock) for budget in budgets}
-    measured = in_turns(sides, asked.rounds)
-    rows = [row(budget, geometry.crops, measured[budget], measured[ALL]) for budget in budgets]
+    budgets, clock = dict.fromkeys([ALL, *asked.budgets]), clock_of(device, asked.clock)
+    sides = {each: Answering(vlm, each, asked.new_tokens, clock) for each in budgets}
+    warm_up = WARM_UP_CUDA if device.type == "cuda" else 1
+    measured = in_turns(sides, asked.rounds, warm_up=warm_up)
+    rows = [row(each, geometry.crops, measured[each], measured[ALL]) for each in budgets]
     facts = {"layers": f"{layers} of {geometry.layers}", "resident_mib": resident, "dtype": vlm.dtype}
     if device.type == "cuda":
         facts["device"] = torch.cuda.get_device_name(device)
@@ -158,21 +164,23 @@ def clock_of(device: torch.device, name: str) -> Callable[[], float]:
 def parsed() -> argparse.Namespace:
     parser = options(__doc__, rounds=5, clock=True)
     parser.add_argument("--model", choices=GEOMETRIES, default="llava-1.5-7b")
-    parser.add_argument("--layers", type=int, help="of the language model; default: all")
+    parser.add_argument("--layers", type=at_least(1), help="of the language model; default: all")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     parser.add_argument("--quantization", choices=KINDS, help="of the language model's layers")
-    parser.add_argument("--budgets", default="192,128,64", help="beside all")
-    parser.add_argument("--new-tokens", type=int, default=1, help="of each answer")
+    parser.add_argument(
+        "--budgets", type=several(kept_tokens), default=("192", "128", "64"), help="beside all"
+    )
+    parser.add_argument("--new-tokens", type=at_least(1), default=1, help="of each answer")
     return parser.parse_args()
 
 
-def row(budget: str, crops: int, runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
+def row(kept: str, crops: int, runs: Sequence[Run], base: Sequence[Run]) -> dict[str, Any]:
     """Everything as a ratio to every token kept, round by round; memory and seconds by themselves as well."""
     names = ("encode", "prefill", "first_token", "generate", "total", "peak_bytes", "over_bytes")
-    paper = PAPER_SECONDS.get(576 if budget == ALL else int(budget) // crops)
+    paper = PAPER_SECONDS.get(576 if kept == ALL else int(kept) // crops)
     return {
-        "budget": budget,
+        "budget": kept,
         **{
             name: asdict(ratios([getattr(run, name) for run in runs], [getattr(run, name) for run in base]))
             for name in names
@@ -182,7 +190,7 @@ def row(budget: str, crops: int, runs: Sequence[Run], base: Sequence[Run]) -> di
         "seconds": {name: asdict(Spread.of(getattr(run, name) for run in runs)) for name in names[:5]},
         "bytes": {name: asdict(Spread.of(getattr(run, name) for run in runs)) for name in names[5:]},
         "encode_share": asdict(ratios([run.encode for run in runs], [run.first_token for run in runs])),
-        "paper_total_time": paper / PAPER_SECONDS[576] if paper and budget != ALL else None,
+        "paper_total_time": paper / PAPER_SECONDS[576] if paper and kept != ALL else None,
     }
 
 

@@ -20,7 +20,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
-from benchmarks._measure import apart, in_turns, markdown, options, picture, plotted, publish, ratios
+from benchmarks._measure import (
+    apart,
+    at_least,
+    in_turns,
+    kept_tokens,
+    markdown,
+    options,
+    picture,
+    plotted,
+    publish,
+    ratios,
+    several,
+)
 from benchmarks._models import PACKED_BYTES
 from benchmarks.serving.checkpoint import FOLDER, checkpoint
 from prismprune import GenerationOptions, PrunedVLM
@@ -49,16 +61,16 @@ def main() -> None:
     asked.model = asked.model or str(
         checkpoint(LibrarySettings().cache_dir / "benchmarks" / FOLDER).transformers
     )
-    rows = [row for budget in asked.budgets.split(",") for row in compared(asked, budget)]
+    rows = [row for each in asked.budgets for row in compared(asked, each)]
     publish(asked, {"rows": rows}, table(rows), partial(plot, rows))
 
 
 def parsed() -> argparse.Namespace:
     parser = options(__doc__, rounds=4)
     parser.add_argument("--model", help="in LLaVA's shape; default: the one of benchmarks.serving")
-    parser.add_argument("--budgets", default="all,64")
+    parser.add_argument("--budgets", type=several(kept_tokens), default=("all", "64"))
     parser.add_argument(
-        "--requests", type=int, default=10, help="of each process, after the first that are dropped"
+        "--requests", type=at_least(1), default=10, help="of each process, after the first that are dropped"
     )
     parser.add_argument("--way", choices=WAYS, help="one process: answer, and print what was measured")
     return parser.parse_args()
@@ -74,7 +86,7 @@ def answers(asked: argparse.Namespace) -> Answers:
     measured: Answers = {name: [] for name in (*STAGES, "page_faults")}
     for number in range(FIRST + asked.requests):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        one = answer(vlm, number, asked.budgets)
+        one = answer(vlm, number, asked.budgets[0])
         one["page_faults"] = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
         for name, value in one.items():
             if number >= FIRST:
@@ -82,9 +94,9 @@ def answers(asked: argparse.Namespace) -> Answers:
     return measured
 
 
-def answer(vlm: PrunedVLM, number: int, budget: str) -> dict[str, float]:
+def answer(vlm: PrunedVLM, number: int, kept: str) -> dict[str, float]:
     """The stages of one question about picture `number`, in milliseconds."""
-    encoded = vlm.encode(picture(number), budget)
+    encoded = vlm.encode(picture(number), kept)
     session = vlm.session()
     question = Asked(encoded, ("What color is the star?",), GenerationOptions(max_new_tokens=4))
     (request,) = session.admit([question])
@@ -98,9 +110,9 @@ def answer(vlm: PrunedVLM, number: int, budget: str) -> dict[str, float]:
     return {"vision_ms": told.timings.vision_ms, "prefill_ms": told.timings.prefill_ms, "token_ms": token_ms}
 
 
-def compared(asked: argparse.Namespace, budget: str) -> list[dict[str, Any]]:
+def compared(asked: argparse.Namespace, kept: str) -> list[dict[str, Any]]:
     """A row a way: medians over rounds, and of each stage the ratio to the allocator as it is."""
-    same = {"model": asked.model, "threads": asked.threads, "requests": asked.requests, "budgets": budget}
+    same = {"model": asked.model, "threads": asked.threads, "requests": asked.requests, "budgets": kept}
     argv = [part for name, value in same.items() for part in (f"--{name}", value)]
 
     def medians(way: str, _round: int) -> dict[str, float]:
@@ -110,7 +122,7 @@ def compared(asked: argparse.Namespace, budget: str) -> list[dict[str, Any]]:
     measured = in_turns({way: partial(medians, way) for way in WAYS}, asked.rounds)
     rows = []
     for way, own in measured.items():
-        row: dict[str, Any] = {"budget": budget, "way": way}
+        row: dict[str, Any] = {"budget": kept, "way": way}
         row |= {name: statistics.median(one[name] for one in own) for name in own[0]}
         for stage in STAGES:
             row[f"{stage}_ratio"] = str(

@@ -18,11 +18,11 @@ from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks._measure import (
     Spread,
+    at_least,
     in_turns,
+    kept_tokens,
     markdown,
     options,
     percentile,
@@ -31,6 +31,7 @@ from benchmarks._measure import (
     publish,
     ratios,
 )
+from benchmarks._models import CUDA_GRAPH_BYTES, PACKED_BYTES, as_the_worker
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.loading import DEMO, load_checkpoint
 from worker.engine import Engine
@@ -93,6 +94,7 @@ class Joining:
             engine.model()
             began = time.monotonic()
             long = engine.submit(self._request(number, 0, self.tokens), deadline, listener=heard)
+            long.future.add_done_callback(lambda _: heard.first.set())  # a failure says no word
             heard.first.wait()
             for arrival in range(1, self.arrivals + 1):
                 asked = time.monotonic()
@@ -117,9 +119,9 @@ def _die(error: BaseException) -> None:
 
 def main() -> None:
     asked = parsed()
-    torch.set_num_threads(asked.threads)
-    loaded = load_checkpoint(asked.model, device=asked.device)
-    vlm = PrunedVLM(replace(loaded, end_ids=frozenset()))
+    as_the_worker(asked.threads)
+    loaded = load_checkpoint(asked.model, device=asked.device, packed_bytes=PACKED_BYTES)
+    vlm = PrunedVLM(replace(loaded, end_ids=frozenset()), cuda_graph_bytes=CUDA_GRAPH_BYTES)
     joining = Joining(vlm, TokenBudget.parse(asked.budget), asked.tokens, asked.arrivals)
     measured = in_turns({way: partial(joining.round, way) for way in WAYS}, asked.rounds)
     rows = [summary(way, measured[way], measured["between"]) for way in WAYS]
@@ -128,12 +130,12 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    parser = options(__doc__, rounds=5)
+    parser = options(__doc__, rounds=5, threads="torch's, of each of the two threads that compute")
     parser.add_argument("--model", default=DEMO)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--budget", default="64")
-    parser.add_argument("--tokens", type=int, default=120, help="of the long answer")
-    parser.add_argument("--arrivals", type=int, default=6, help="requests that join meanwhile")
+    parser.add_argument("--budget", type=kept_tokens, default="64")
+    parser.add_argument("--tokens", type=at_least(2), default=120, help="of the long answer")
+    parser.add_argument("--arrivals", type=at_least(1), default=6, help="requests that join meanwhile")
     parser.set_defaults(threads=1)
     return parser.parse_args()
 

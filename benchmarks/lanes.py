@@ -17,10 +17,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks._measure import draw_lines, in_turns, markdown, options, picture, plotted, publish, ratios
-from benchmarks._models import PACKED_BYTES
+from benchmarks._measure import (
+    at_least,
+    draw_lines,
+    in_turns,
+    kept_tokens,
+    markdown,
+    options,
+    picture,
+    plotted,
+    publish,
+    ratios,
+    several,
+)
+from benchmarks._models import PACKED_BYTES, as_the_worker
 from prismprune import PrunedVLM
-from prismprune.heap import keep_freed_memory
 from prismprune.lanes import side_by_side
 from prismprune.loading import DEMO
 from prismprune.vlm import visual_request
@@ -40,27 +51,25 @@ QUESTION = "What color is the star?"
 def main() -> None:
     parser = options(__doc__, rounds=7)
     parser.add_argument("--model", default=DEMO)
-    parser.add_argument("--budgets", default="all,64")
-    parser.add_argument("--counts", default="2,3,4,8", help="of pictures")
+    parser.add_argument("--budgets", type=several(kept_tokens), default=("all", "64"))
+    parser.add_argument("--counts", type=several(at_least(1)), default=(2, 3, 4, 8), help="of pictures")
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    keep_freed_memory()
+    as_the_worker(asked.threads)
     vlm = PrunedVLM.from_pretrained(asked.model, device="cpu", packed_bytes=PACKED_BYTES)
     cells: list[tuple[str, int, str, Spread]] = []
     with torch.inference_mode():
-        for budget in asked.budgets.split(","):
-            for count in map(int, asked.counts.split(",")):
-                for stage, gain in measured(vlm, budget, count, asked.rounds).items():
-                    cells.append((budget, count, stage, gain))
+        for kept, count in itertools.product(asked.budgets, asked.counts):
+            for stage, gain in measured(vlm, kept, count, asked.rounds).items():
+                cells.append((kept, count, stage, gain))
     table = markdown(["tokens", "pictures", "stage", "times as fast side by side"], cells)
     rows = [
-        {"case": f"{stage}, {budget}", "pictures": count, "gain": asdict(gain)}
-        for budget, count, stage, gain in cells
+        {"case": f"{stage}, {kept}", "pictures": count, "gain": asdict(gain)}
+        for kept, count, stage, gain in cells
     ]
     publish(asked, {"rows": rows}, table, partial(plot, rows))
 
 
-def measured(vlm: PrunedVLM, budget: str, count: int, rounds: int) -> dict[str, Spread]:
+def measured(vlm: PrunedVLM, kept: str, count: int, rounds: int) -> dict[str, Spread]:
     """How many times as fast each stage of so many requests is side by side."""
     ways: dict[str, Way] = {
         "after each other": lambda passes: [run() for run in passes],
@@ -70,10 +79,10 @@ def measured(vlm: PrunedVLM, budget: str, count: int, rounds: int) -> dict[str, 
 
     def vision(way: str, _round: int) -> float:
         shown = [picture(next(numbers)) for _ in range(count)]
-        requests = [visual_request(one, QUESTION, token_budget=budget) for one in shown]
+        requests = [visual_request(one, QUESTION, token_budget=kept) for one in shown]
         return seconds(ways[way], [partial(vlm.session().encode, [request]) for request in requests])
 
-    requests = [visual_request(picture(number), QUESTION, token_budget=budget) for number in range(count)]
+    requests = [visual_request(picture(number), QUESTION, token_budget=kept) for number in range(count)]
     encoded = vlm.session().encode(requests)
 
     def prefill(way: str, _round: int) -> float:

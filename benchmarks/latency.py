@@ -16,7 +16,7 @@ import json
 import tempfile
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -34,15 +34,18 @@ from benchmarks._measure import (
     Spread,
     add_threads,
     apart,
+    at_least,
     in_turns,
+    kept_tokens,
     listed,
     machine,
     peak_bytes,
     picture,
     reset_peak,
+    several,
     touch,
 )
-from benchmarks._models import IMAGE_TOKEN_ID, PACKED_BYTES, word_processor
+from benchmarks._models import IMAGE_TOKEN_ID, PACKED_BYTES, as_the_worker, word_processor
 from benchmarks.published import llava
 from prismprune import PrunedVLM
 from prismprune.heap import keep_freed_memory
@@ -60,7 +63,7 @@ QUESTION = "What color is the star?"
 
 @dataclass(frozen=True)
 class Run:
-    """One answer. Times in milliseconds; `prefill_ms` is the language model's alone, without the head."""
+    """One answer. Times in milliseconds; `prefill_ms` is the language model's, with the head."""
 
     first_token_ms: float
     total_ms: float
@@ -78,18 +81,22 @@ class Contender(Protocol):
 
 
 @dataclass
-class Prefills:
-    """Notes how long the language model takes for each prompt, and not for single tokens."""
+class Prefill:
+    """Notes when transformers' language model begins with the prompt, and when the head has its scores.
+
+    The library tells its own: hooks would make it call its layers as transformers does. Its time has the
+    embedding of the prompt, too.
+    """
 
     device: torch.device
-    started: float = 0.0
-    times_ms: list[float] = field(default_factory=list)
+    began: float | None = None
+    ms: float | None = None
 
     @contextmanager
-    def of(self, language_model: torch.nn.Module) -> Iterator[None]:
+    def of(self, model: Any) -> Iterator[None]:
         hooks = (
-            language_model.register_forward_pre_hook(self._start, with_kwargs=True),
-            language_model.register_forward_hook(self._end, with_kwargs=True),
+            model.model.language_model.register_forward_pre_hook(self._begin),
+            model.lm_head.register_forward_hook(self._end),
         )
         try:
             yield
@@ -97,12 +104,13 @@ class Prefills:
             for hook in hooks:
                 hook.remove()
 
-    def _start(self, _module: Any, _args: Any, _kwargs: Any) -> None:
-        self.started = now(self.device)
+    def _begin(self, *_: object) -> None:
+        if self.began is None:
+            self.began = now(self.device)
 
-    def _end(self, _module: Any, _args: Any, kwargs: Any, _output: Any) -> None:
-        if kwargs["inputs_embeds"].shape[1] > 1:
-            self.times_ms.append((now(self.device) - self.started) * 1000)
+    def _end(self, *_: object) -> None:
+        if self.ms is None and self.began is not None:
+            self.ms = (now(self.device) - self.began) * 1000
 
 
 def now(device: torch.device) -> float:
@@ -147,8 +155,8 @@ class Unpruned:
 
     def answer(self, image: Image.Image, max_new_tokens: int) -> Run:
         device = self.model.device
-        prefills, first = Prefills(device), FirstToken(device)
-        with prefills.of(self.model.model.language_model):
+        prefill, first = Prefill(device), FirstToken(device)
+        with prefill.of(self.model):
             started = now(device)
             inputs = self.processor(images=image, text=self.prompt, return_tensors="pt").to(device)
             output = self.model.generate(
@@ -160,11 +168,13 @@ class Unpruned:
             )
             self.processor.batch_decode(output.sequences[:, inputs["input_ids"].shape[1] :])
             ended = now(device)
+        if prefill.ms is None:
+            raise RuntimeError("transformers computes prompts in another way")
         layers = [tensor for layer in output.past_key_values for tensor in layer[:2]]
         return Run(
             first_token_ms=(first.at - started) * 1000,
             total_ms=(ended - started) * 1000,
-            prefill_ms=prefills.times_ms[0],
+            prefill_ms=prefill.ms,
             kv_bytes=sum(tensor.numel() * tensor.element_size() for tensor in layers),
             tokens=output.sequences.shape[1] - inputs["input_ids"].shape[1],
         )
@@ -179,15 +189,13 @@ class Pruned:
         self.budget = budget
 
     def answer(self, image: Image.Image, max_new_tokens: int) -> Run:
-        prefills = Prefills(self.vlm.device)
-        with prefills.of(self.model.model.language_model):
-            started = now(self.vlm.device)
-            answer = self.vlm.answer(image, QUESTION, self.budget, max_new_tokens=max_new_tokens)
-            ended = now(self.vlm.device)
+        started = now(self.vlm.device)
+        answer = self.vlm.answer(image, QUESTION, self.budget, max_new_tokens=max_new_tokens)
+        ended = now(self.vlm.device)
         return Run(
             first_token_ms=answer.timings.time_to_first_token_ms,
             total_ms=(ended - started) * 1000,
-            prefill_ms=prefills.times_ms[0],
+            prefill_ms=answer.timings.prefill_ms,
             kv_bytes=answer.memory.kv_cache_bytes,
             tokens=len(answer.token_ids),
         )
@@ -248,7 +256,7 @@ def report(results: dict[str, Any]) -> str:
         f"{results['model']}, {results['rounds']} rounds, answers of up to {results['max_new_tokens']} tokens"
         "; median (quartiles), times faster than transformers"
     )
-    header = ("tokens", "first token ms", "total ms", "LM prefill ms", "peak MB (over the model)", "KV kB")
+    header = ("tokens", "first token ms", "total ms", "prefill ms", "peak MB (over the model)", "KV kB")
     lines.append("{:<13} {:>28} {:>28} {:>28} {:>25} {:>9}".format(*header))
     for name, one in results["configurations"].items():
         times = [cell(one[key], base[key]) for key in ("first_token_ms", "total_ms", "prefill_ms")]
@@ -286,7 +294,7 @@ def save_random(path: str) -> None:
 
 
 def run(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
-    names = [BASELINE, *arguments.budgets.split(",")]
+    names = [BASELINE, *arguments.budgets]
     runs = measure(load(path, names), arguments.rounds, arguments.max_new_tokens)
     return {
         "machine": machine(on_cuda=torch.cuda.is_available()),
@@ -304,9 +312,13 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=DEMO, help="a checkpoint directory, a hub id, or the demo")
     parser.add_argument("--random", action="store_true", help="random weights in the demo's geometry")
-    parser.add_argument("--budgets", default="all,128,64,32", help="visual tokens, comma-separated")
-    parser.add_argument("--rounds", type=int, default=10, help="measured rounds, after one that is dropped")
-    parser.add_argument("--max-new-tokens", type=int, default=4)
+    parser.add_argument(
+        "--budgets", type=several(kept_tokens), default=("all", "128", "64", "32"), help="visual tokens"
+    )
+    parser.add_argument(
+        "--rounds", type=at_least(1), default=10, help="measured rounds, after one that is dropped"
+    )
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=4)
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)  # how this script calls itself
@@ -315,13 +327,14 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    keep_freed_memory()  # as the worker does
-    torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
     if arguments.memory_of:
+        keep_freed_memory()  # as the worker does
+        torch.set_num_threads(arguments.threads)
         memory = peak_memory(arguments.model, arguments.memory_of, arguments.max_new_tokens)
         print(json.dumps(memory))
         return
+    as_the_worker(arguments.threads)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.random:
             save_random(folder)

@@ -4,14 +4,16 @@
     python -m benchmarks.layers --model DIRECTORY --dtype bfloat16
 
 A decoding step of one answer and of eight, prompts of so many tokens without a picture, and a picture of
-noise in the tower, where the model has one. Both sides have copies of their weights as the kernels like them
-(`prismprune.cpu_products`). On one of them attention and MLPs have theirs together (`prismprune.cpu_layers`),
-a step leaves out what lies around the layers (`prismprune.cpu_steps`), and products in the tower's MLPs come
-with the activation behind them (`prismprune.cpu_towers`).
+noise in the tower, where the model has one, of the size that it is served at. Both sides have copies of
+their weights as the kernels like them (`prismprune.cpu_products`). On one of them attention and MLPs have
+theirs together (`prismprune.cpu_layers`), a step leaves out what lies around the layers
+(`prismprune.cpu_steps`), and products in the tower's MLPs come with the activation behind them
+(`prismprune.cpu_towers`).
 """
 
 from __future__ import annotations
 
+import math
 import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,11 +22,10 @@ from unittest.mock import patch
 import torch
 
 from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
-from benchmarks._models import PACKED_BYTES
+from benchmarks._models import PACKED_BYTES, as_the_worker
 from prismprune import PrunedVLM, cpu_layers
 from prismprune.batches import Batch, roomy_cache
 from prismprune.cpu_steps import CpuSteps
-from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 
 if TYPE_CHECKING:
@@ -41,8 +42,7 @@ def main() -> None:
     parser.add_argument("--model", default=DEMO, help="a checkpoint directory or a hub id")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    keep_freed_memory()
+    as_the_worker(asked.threads)
     load = partial(
         PrunedVLM.from_pretrained, asked.model, device="cpu", dtype=asked.dtype, packed_bytes=PACKED_BYTES
     )
@@ -101,7 +101,7 @@ def prompt(tokens: int, model: Any) -> Callable[[], object]:
 
 def view(model: Any) -> Callable[[], object]:
     tower, draw = model.model.vision_tower, torch.Generator().manual_seed(0)
-    edge = tower.config.image_size
+    edge = math.isqrt(model.config.image_seq_length) * tower.config.patch_size
     return partial(tower, torch.randn(1, 3, edge, edge, generator=draw).to(tower.dtype))
 
 

@@ -29,8 +29,21 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks._measure import add_threads, apart, listed, machine, peak_bytes, reset_peak, touch
-from benchmarks._models import CUDA_GRAPH_BYTES
+from benchmarks._measure import (
+    ALL,
+    add_threads,
+    apart,
+    at_least,
+    kept_tokens,
+    listed,
+    machine,
+    one_of,
+    peak_bytes,
+    reset_peak,
+    several,
+    touch,
+)
+from benchmarks._models import CUDA_GRAPH_BYTES, WARM_UP_CUDA
 from prismprune import GenerationOptions, PrunedVLM
 from prismprune.demo.evaluate import SCENES, subjects
 from prismprune.evaluation.compare import same_answer
@@ -52,10 +65,11 @@ PRECISIONS: dict[str, tuple[str, str | None]] = {
     "nf4": ("bfloat16", "nf4"),
 }
 """The number format, and the quantization."""
-REFERENCE, EVERYTHING = "fp32", "all"
+REFERENCE, EVERYTHING = "fp32", ALL
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 GREEDY = GenerationOptions(max_new_tokens=16)
-WARM_UP, WARM_UP_CUDA = 1, 3
-"""Pictures. On CUDA the second prompt of a size is recorded, and some of the third one's, too."""
+WARM_UP = 1
+"""Pictures."""
 
 
 @dataclass
@@ -142,8 +156,9 @@ def peak_memory(
 
 def peak_memory_apart(arguments: argparse.Namespace, precision: str, device: str) -> dict[str, Any]:
     """The same of a process of its own."""
-    names = ("model", "budgets", "questions", "threads")
+    names = ("model", "questions", "threads")
     asked = [word for name in names for word in (f"--{name}", getattr(arguments, name))]
+    asked += ["--budgets", ",".join(arguments.budgets)]
     own = ("--memory-of", precision, "--devices", device)
     memory: dict[str, Any] = apart("benchmarks.precision", *own, *asked)
     return memory
@@ -222,16 +237,17 @@ def _cells(measured: dict[str, Any], precision: str, budget: str) -> list[str]:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default=DEMO, help="the demo, or another model of its questions")
-    parser.add_argument("--pictures", type=int, default=20, help="held-out scenes")
-    parser.add_argument("--questions", type=int, default=10, help="about each of them, at most")
-    parser.add_argument("--budgets", default="all,128,64,32", help="visual tokens, by commas; all among them")
-    parser.add_argument("--devices", default="cpu,cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--pictures", type=at_least(2 + WARM_UP_CUDA), default=20, help="held-out scenes")
+    parser.add_argument("--questions", type=at_least(1), default=10, help="about each of them, at most")
+    told = "visual tokens; all among them"
+    parser.add_argument("--budgets", type=several(kept_tokens), default=("all", "128", "64", "32"), help=told)
+    parser.add_argument("--devices", type=several(one_of(DEVICES)), default=DEVICES)
     add_threads(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--memory-of", choices=PRECISIONS, help=argparse.SUPPRESS)  # how it calls itself
     arguments = parser.parse_args()
-    if EVERYTHING not in arguments.budgets.split(",") or arguments.pictures < 2 + WARM_UP_CUDA:
-        parser.error("times are told against all tokens, of five pictures at least")
+    if EVERYTHING not in arguments.budgets:
+        parser.error("times are told against all tokens")
     return arguments
 
 
@@ -239,7 +255,7 @@ def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
     transformers.utils.logging.disable_progress_bar()
-    devices, budgets = arguments.devices.split(","), arguments.budgets.split(",")
+    devices, budgets = arguments.devices, arguments.budgets
     if arguments.memory_of:
         subject = scenes(arguments)[0]
         print(json.dumps(peak_memory(arguments.model, arguments.memory_of, devices[0], budgets, subject)))

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from benchmarks._measure import Spread, in_turns, markdown, options, plotted, publish, ratios
+from benchmarks._measure import (
+    Spread,
+    at_least,
+    in_turns,
+    markdown,
+    options,
+    plotted,
+    publish,
+    ratios,
+    several,
+)
 from prismprune import PrunedVLM
 from prismprune.cpu_products import Copies, CpuLinear
 from prismprune.half_weights import HalfWeight
@@ -28,14 +38,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WAYS = ("oneDNN", "packed", "16 bits")
-ROWS = {"language": "1,2,4,8,16,32,64,100,200,400,640", "head": "1,2,4,8,16,32", "vision": "577,1154"}
+ROWS = {
+    "language": (1, 2, 4, 8, 16, 32, 64, 100, 200, 400, 640),
+    "head": (1, 2, 4, 8, 16, 32),
+    "vision": (577, 1154),
+}
 
 
 def main() -> None:
     parser = options(__doc__, rounds=9)
     parser.add_argument("--model", default=DEMO, help="a checkpoint directory or a hub id")
     parser.add_argument("--part", default="language", choices=ROWS, help="of which the layers are")
-    parser.add_argument("--rows", help="default: what that part sees")
+    parser.add_argument("--rows", type=several(at_least(1)), help="default: what that part sees")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -43,7 +57,7 @@ def main() -> None:
     in_16_bits(layers)
     if not layers:
         raise SystemExit(f"This CPU does not multiply {asked.dtype} by oneDNN here.")
-    rows = [int(each) for each in (asked.rows or ROWS[asked.part]).split(",")]
+    rows = asked.rows or ROWS[asked.part]
     faster = {each: measured(layers, each, asked.rounds) for each in rows}
     table = markdown(["rows", *WAYS], ((each, *faster[each].values()) for each in rows))
     results = {

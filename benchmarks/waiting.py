@@ -20,11 +20,22 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from benchmarks._measure import Spread, draw_lines, in_turns, markdown, options, plotted, publish, ratios
+from benchmarks._measure import (
+    Spread,
+    at_least,
+    draw_lines,
+    in_turns,
+    markdown,
+    options,
+    plotted,
+    publish,
+    ratios,
+    several,
+)
 from benchmarks.serving.asking import Contender, closed_loop, questions
 from benchmarks.serving.checkpoint import FOLDER, checkpoint
 from benchmarks.serving.rivals.ours import PrismPrune
-from benchmarks.serving.servers import Keeper
+from benchmarks.serving.servers import Keeper, leave_by_sigterm
 from prismprune.settings import LibrarySettings
 from worker.settings import WorkerSettings
 
@@ -46,13 +57,14 @@ MEASURES: dict[str, Callable[[Round], float]] = {
 
 def main() -> None:
     asked = parsed()
+    leave_by_sigterm()
     model = str(checkpoint(Path(asked.cache) / FOLDER).transformers)
     logs = Path(tempfile.gettempdir()) / "prismprune-waiting"
     with tempfile.TemporaryDirectory() as scratch, Keeper(asked.threads, logs) as keeper:
         contenders = {
             ms: Contender(
                 keeper.start(
-                    PrismPrune(model, Path(scratch) / str(ms), settings={"PRISM_MAX_WAIT_MS": str(ms)})
+                    PrismPrune(model, Path(scratch) / str(ms), logs, settings={"PRISM_MAX_WAIT_MS": str(ms)})
                 ),
                 f"{ms:g} ms",
                 {"token_budget": asked.budget},
@@ -64,19 +76,22 @@ def main() -> None:
 
 
 def parsed() -> argparse.Namespace:
-    def numbers(text: str) -> tuple[int, ...]:
-        return tuple(map(int, text.split(",")))
-
-    parser = options(__doc__, rounds=5)
+    numbers = several(at_least(1))
+    parser = options(__doc__, rounds=5, threads="torch's, of each service")
     parser.add_argument(
         "--cache", default=str(LibrarySettings().cache_dir / "benchmarks"), help="of checkpoints"
     )
-    parser.add_argument("--budget", type=int, default=64)
+    parser.add_argument("--budget", type=at_least(1), default=64)
     parser.add_argument("--clients", type=numbers, default=(1, 8, 32))
-    parser.add_argument("--requests", type=int, default=64, help="of each side in each round")
-    parser.add_argument("--tokens", type=numbers, default=(4,), help="of an answer: so many, or from,to")
-    parser.add_argument("--wait", type=float, default=DEFAULT_MS, help="ms, compared with none")
-    return parser.parse_args()
+    parser.add_argument("--requests", type=at_least(1), default=64, help="of each side in each round")
+    parser.add_argument(
+        "--tokens", type=several(at_least(1)), default=(4,), help="of an answer: so many, or from,to"
+    )
+    parser.add_argument("--wait", type=at_least(0.1), default=DEFAULT_MS, help="ms, compared with none")
+    asked = parser.parse_args()
+    if sorted(asked.tokens[:2]) != list(asked.tokens):
+        parser.error("--tokens is a number, or a lower and a higher one")
+    return asked
 
 
 def _compared(

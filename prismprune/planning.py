@@ -34,7 +34,7 @@ class Need:
     """What one request needs at a budget. Bytes, and floating point operations of the prefill, text included.
 
     prefill_flops: 2 * T * (2 n d (d + kv_width) + 2 n^2 d + 3 n d m) for n tokens, T layers, width d and MLP
-        width m (gated).
+        width m (gated), as published figures count it: attention to all, masked or not.
     kv_bytes: 2 * T * n * kv_width * bytes.
     activation_bytes: estimate of the larger of two peaks, the tower's over one picture or clip and the
         prefill's. Each token holds its input, queries, keys, values and output, and the MLP's inner rows.
@@ -195,8 +195,9 @@ class StageFlops:
         stay: 2 * (N * 3 p^2 d + B * (4 n d^2 + 2 n^2 d + 2 n d m) + K * w (d + w)) for n = N + 1 tokens, B
         blocks with MLPs of m, patches of p pixels, and a language model w wide. Where only M patches are
         looked at, the last block is 2 n d^2 + M * (2 d^2 + 2 n d + 2 d m).
-    prefill: see `Need`, but of the last layer no more than queries, keys and values for any token but the
-        last, and the head for that. token: the first decoding step after it.
+    prefill: see `Need`, but each token attends to those before it and itself alone, n (n + 1) d for 2 n^2 d,
+        and of the last layer there are no more than queries, keys and values for any token but the last, and
+        the head for that. token: the first decoding step after it.
     """
 
     vision: int
@@ -228,15 +229,16 @@ def stage_flops(config: Any, kept: int, text_tokens: int, looked_at: int | None 
 
 
 def decoder_flops(text: Any, tokens: int, context: int) -> int:
-    """Of a language model's layers, for so many tokens that see `context`, themselves included."""
-    layer = _projections(text, tokens) + _attention_and_mlp(text, tokens, context)
+    """Of a language model's layers, for so many tokens that see `context` each; see `Need`."""
+    layer = _projections(text, tokens) + _attention_and_mlp(text, tokens, tokens * context)
     return int(text.num_hidden_layers * layer)
 
 
 def _prefill_flops(text: Any, prompt: int) -> int:
-    whole = decoder_flops(text, prompt, prompt)
-    before = whole - whole // text.num_hidden_layers
-    return int(before + _projections(text, prompt) + _attention_and_mlp(text, 1, prompt))
+    """See `StageFlops`."""
+    projections, pairs = _projections(text, prompt), prompt * (prompt + 1) // 2
+    before = (text.num_hidden_layers - 1) * (projections + _attention_and_mlp(text, prompt, pairs))
+    return int(before + projections + _attention_and_mlp(text, 1, prompt))
 
 
 def _projections(text: Any, tokens: int) -> int:
@@ -246,10 +248,10 @@ def _projections(text: Any, tokens: int) -> int:
     return int(2 * tokens * width * (width + 2 * head * text.num_key_value_heads))
 
 
-def _attention_and_mlp(text: Any, tokens: int, context: int) -> int:
-    """All behind them."""
+def _attention_and_mlp(text: Any, tokens: int, pairs: int) -> int:
+    """All behind them, in one layer. pairs: of a token and one that it sees."""
     width = text.hidden_size
-    return int(2 * tokens * (width**2 + 2 * context * width + 3 * width * text.intermediate_size))
+    return int(2 * (tokens * width * (width + 3 * text.intermediate_size) + 2 * pairs * width))
 
 
 def _tower_inner(tower: Any) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import operator
 import os
-import signal
 import statistics
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from benchmarks._measure import options, processor, write_json
+from benchmarks._measure import at_least, kept_tokens, one_of, options, processor, several, write_json
 from benchmarks._models import GEOMETRIES
 from benchmarks.serving.asking import Contender, closed_loop, open_loop, questions
 from benchmarks.serving.checkpoint import FOLDER, checkpoint
@@ -38,7 +37,7 @@ from benchmarks.serving.rivals.litserve_plain import LitServePlain
 from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.rivals.transformers_serve import TransformersServe
 from benchmarks.serving.rivals.vllm_cpu import VllmCpu
-from benchmarks.serving.servers import Keeper, at_rest
+from benchmarks.serving.servers import Keeper, at_rest, leave_by_sigterm
 from prismprune.settings import LibrarySettings
 
 if TYPE_CHECKING:
@@ -51,29 +50,26 @@ if TYPE_CHECKING:
 SAME = 4
 """Questions that all sides answer before anything is measured."""
 RIVALS = ("transformers", "vllm", "litserve")
+AGAIN = 2
+"""Requests of each client that make a closed loop: with one, all begin together, and the median is of a queue
+that only grows shorter."""
 SINGLE = {name for name, geometry in GEOMETRIES.items() if geometry.crops == 1}
 """Geometries of one view a picture."""
 
 
 def main() -> None:
     asked = parsed()
-    signal.signal(signal.SIGTERM, _end)
+    leave_by_sigterm()
     if asked.cores:
         os.sched_setaffinity(0, asked.cores)  # inherited by all servers
     with tempfile.TemporaryDirectory() as scratch, Keeper(asked.threads, asked.logs) as keeper:
         bench = Bench(keeper, _contenders(keeper, asked, Path(scratch)), asked.tokens)
         same, measured = bench.warm_up(), []
-        for load in _loads(asked):
-            measured += bench.measure(load, _requests(load, asked), asked.rounds)
+        for load, requests in loads(asked):
+            measured += bench.measure(load, requests, asked.rounds)
             _save(asked, same, measured)  # what comes next takes minutes
     agreed = ", ".join(f"{name} {share:.0%}" for name, share in same.items())
     print(table(_head(asked), measured), f"\nThe same answers as {next(iter(same))}: {agreed}.")
-
-
-def _end(*_: object) -> None:
-    """Ended like this, it ends its servers first; a second signal does not keep it from that."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    sys.exit(143)
 
 
 def _save(asked: argparse.Namespace, same: dict[str, float], measured: list[Row]) -> None:
@@ -93,20 +89,26 @@ def _head(asked: argparse.Namespace) -> str:
 def parsed() -> argparse.Namespace:
     parser = options(__doc__)
     add = parser.add_argument
-    add("--rivals", type=_names, default=RIVALS, help=f"of {','.join(RIVALS)}")
-    add("--budgets", type=_names, default=("all", "128", "64", "32"), help="of this service")
-    add("--clients", type=_numbers, default=(1, 8, 32), help="closed loops; none: 0")
-    add("--rates", type=_rates, default=(), help="open loops: requests a second")
-    add("--requests", type=int, default=6, help="of each side in each round, at least; and at least")
-    add("--waves", type=float, default=1.25, help="so many of each client")
-    add("--rounds", type=int, default=3)
-    add("--tokens", type=int, default=4, help="of each answer")
+    add("--rivals", type=several(one_of(RIVALS)), default=RIVALS, help=f"of {','.join(RIVALS)}")
+    add("--budgets", type=several(kept_tokens), default=("all", "128", "64", "32"), help="of this service")
+    add("--clients", type=several(at_least(0)), default=(1, 8, 32), help="closed loops; none: 0")
+    add("--rates", type=several(_rate), default=(), help="open loops: requests a second")
+    add("--requests", type=at_least(1), default=6, help="of each side in each round, at least; and at least")
+    told = f"so many of each client: with fewer than {AGAIN} a load is told as requests at once"
+    add("--waves", type=at_least(1.0), default=AGAIN, help=told)
+    add("--rounds", type=at_least(1), default=3)
+    add("--tokens", type=at_least(2), default=4, help="of each answer")
     add("--geometry", choices=sorted(SINGLE), help="the checkpoint's; default: a small one")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: beside `--rivals transformers` alone")
-    add("--max-batch", type=int, default=8, help="requests that this service answers at once")
+    add(
+        "--max-batch",
+        type=at_least(1),
+        default=8,
+        help="requests that this service and LitServe take at once",
+    )
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="that all sides compute in")
-    add("--threads", type=int, default=2, help="of each server")
-    add("--cores", type=_numbers, help="all of them run on these; default: those of this process")
+    add("--threads", type=at_least(1), default=2, help="of each server")
+    add("--cores", type=several(at_least(0)), help="all of them run on these; default: those of this process")
     add("--cache", type=Path, default=LibrarySettings().cache_dir / "benchmarks")
     add("--vllm-python", type=Path, help="of an environment that has vLLM already")
     add("--litserve-python", type=Path, help="of one that has LitServe, torch and transformers")
@@ -114,19 +116,16 @@ def parsed() -> argparse.Namespace:
     asked = parser.parse_args()
     if asked.device != "cpu" and set(asked.rivals) - {"transformers"}:
         parser.error("vLLM and LitServe are compared on the CPU: on another device ask --rivals transformers")
+    if not any(asked.clients) and not asked.rates:
+        parser.error("without clients and rates nothing is asked")
+    if asked.cores and set(asked.cores) - os.sched_getaffinity(0):
+        parser.error("--cores names some that this process may not use")
     return asked
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(filter(None, text.split(",")))
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(number for number in map(int, _names(text)))
-
-
-def _rates(text: str) -> tuple[float, ...]:
-    return tuple(map(float, _names(text)))
+def _rate(text: str) -> float:
+    """Requests a second; of fewer nobody would see the end."""
+    return at_least(0.001)(text)
 
 
 def _contenders(keeper: Keeper, asked: argparse.Namespace, scratch: Path) -> list[Contender]:
@@ -146,25 +145,27 @@ def _contenders(keeper: Keeper, asked: argparse.Namespace, scratch: Path) -> lis
             str(model.transformers),
             asked.litserve_python or litserve_plain.environment(asked.cache).ready(),
             asked.dtype,
+            asked.max_batch,
         ),
     }
     rivals: list[Rival] = [makers[name]() for name in asked.rivals]
     contenders = [Contender(server, server.rival.name, {}) for server in map(keeper.start, rivals)]
     ours = keeper.start(
-        PrismPrune(str(model.transformers), scratch, asked.dtype, asked.device, asked.max_batch)
+        PrismPrune(str(model.transformers), scratch, asked.logs, asked.dtype, asked.device, asked.max_batch)
     )
     budgets = [budget if budget == "all" else int(budget) for budget in asked.budgets]
     return contenders + [Contender(ours, f"prismprune {each}", {"token_budget": each}) for each in budgets]
 
 
-def _loads(asked: argparse.Namespace) -> list[Load]:
-    closed = [Load("closed", clients) for clients in asked.clients if clients]
-    return closed + [Load("open", rate) for rate in asked.rates]
+def loads(asked: argparse.Namespace) -> list[tuple[Load, int]]:
+    """And the requests of each side in a round of each."""
+    found = [_of_clients(clients, asked) for clients in asked.clients if clients]
+    return found + [(Load("open", rate), asked.requests) for rate in asked.rates]
 
 
-def _requests(load: Load, asked: argparse.Namespace) -> int:
-    waves = round(asked.waves * load.level) if load.way == "closed" else 0
-    return max(int(asked.requests), waves)
+def _of_clients(clients: int, asked: argparse.Namespace) -> tuple[Load, int]:
+    requests = max(asked.requests, round(asked.waves * clients))
+    return Load("closed" if requests >= AGAIN * clients else "burst", clients), requests
 
 
 @dataclass
@@ -202,10 +203,10 @@ class Bench:
         contender.server.await_readiness()
         if not at_rest([each.server for each in self.contenders]):
             self._say("asked while it still works", contender)
-        if load.way == "closed":
-            loop = closed_loop(contender, contents, int(load.level), self.tokens)
-        else:
+        if load.way == "open":
             loop = open_loop(contender, contents, load.level, self.tokens, seed)
+        else:
+            loop = closed_loop(contender, contents, int(load.level), self.tokens)
         with self.keeper.alone(contender.server):
             done = asyncio.run(loop)
         cost = f"{done.usage.cpu_s / len(done.answers):.2f} processor seconds an answer"

@@ -125,7 +125,7 @@ async def open_loop(
 
 def _http(contender: Contender) -> httpx.AsyncClient:
     limits = httpx.Limits(max_connections=None)
-    return httpx.AsyncClient(base_url=contender.server.url, timeout=TIMEOUT_S, limits=limits)
+    return httpx.AsyncClient(base_url=contender.server.url, timeout=TIMEOUT_S, limits=limits, trust_env=False)
 
 
 async def ask(

@@ -12,8 +12,8 @@ embedding. Their logits are always 0, the likeliest token's is not.
 
 from __future__ import annotations
 
+import argparse
 import shutil
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -159,5 +159,12 @@ def renamed(file: Path) -> dict[str, Tensor]:
         return {name.replace(TOWER, PUBLISHED_TOWER, 1): weights.get_tensor(name) for name in names}
 
 
+def main() -> None:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("folder", type=Path, help="written unless it is there")
+    checkpoint(parser.parse_args().folder)
+
+
 if __name__ == "__main__":
-    checkpoint(Path(sys.argv[1]))
+    main()

@@ -6,7 +6,7 @@ import statistics
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from benchmarks._measure import MIB, markdown, percentile
+from benchmarks._measure import MIB, P99_OF, markdown, percentile, tail_name
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 BASELINES = ("vllm", "transformers serve", "litserve")
 """Ratios are to the first of these that took part."""
-WAYS = {"closed": "clients", "open": "requests/s arriving"}
+WAYS = {"closed": "clients", "burst": "at once", "open": "requests/s arriving"}
 
 
 @dataclass(frozen=True)
 class Load:
-    """`way` closed: `level` clients. open: `level` requests a second arrive."""
+    """How servers are asked.
+
+    `way` closed: by `level` clients, each of which asks again once it has its answer. burst: by `level`
+    clients that hardly do. open: `level` requests a second arrive.
+    """
 
     way: str
     level: float
@@ -32,10 +36,11 @@ class Load:
 
 @dataclass(frozen=True)
 class Row:
-    """One side under one load. Of each round its rate and median; here their medians, least and most.
+    """One side under one load. Of each round its rate and medians; here their medians, least and most.
 
-    p99_s: of all answers of all rounds. per_token_s: None where answers come whole. memory_bytes: the peak.
-    cpu_s: processor time an answer. rate_ratio, p50_ratio: over the baseline's, median of the rounds.
+    p99_s: of all answers of all rounds; of fewer than a hundred that is the most. per_token_s: None where
+    answers come whole. memory_bytes: the peak. cpu_s: processor time an answer. rate_ratio, p50_ratio: over
+    the baseline's, median of the rounds.
     """
 
     name: str
@@ -66,7 +71,7 @@ def rows(load: Load, rounds: dict[str, list[Round]]) -> list[Row]:
 def _row(load: Load, name: str, own: Sequence[Round], baseline: Sequence[Round]) -> Row:
     rates, medians = [one.per_s for one in own], [_p50(one) for one in own]
     answers = [answer for one in own for answer in one.answers]
-    between = [answer.per_token_s for answer in answers if answer.per_token_s is not None]
+    between = [median for one in own if (median := _per_token(one)) is not None]
     pairs = list(zip(own, baseline, strict=True))
     return Row(
         name=name,
@@ -80,7 +85,7 @@ def _row(load: Load, name: str, own: Sequence[Round], baseline: Sequence[Round])
         least_p50_s=min(medians),
         most_p50_s=max(medians),
         p99_s=percentile([answer.total_s for answer in answers], 0.99),
-        first_s=statistics.median(answer.first_s for answer in answers),
+        first_s=statistics.median(statistics.median(answer.first_s for answer in one.answers) for one in own),
         per_token_s=statistics.median(between) if between else None,
         memory_bytes=max(one.usage.peak_bytes for one in own),
         cpu_s=statistics.median(one.usage.cpu_s / len(one.answers) for one in own),
@@ -93,9 +98,15 @@ def _p50(one: Round) -> float:
     return statistics.median(answer.total_s for answer in one.answers)
 
 
+def _per_token(one: Round) -> float | None:
+    between = [answer.per_token_s for answer in one.answers if answer.per_token_s is not None]
+    return statistics.median(between) if between else None
+
+
 def table(head: str, measured: Sequence[Row]) -> str:
     """Markdown."""
     baseline = next(name for name in (*BASELINES, measured[0].name) if name in {row.name for row in measured})
+    tail = tail_name(max(row.answers for row in measured))
     columns = (
         "load",
         "server",
@@ -103,7 +114,7 @@ def table(head: str, measured: Sequence[Row]) -> str:
         f"of {baseline}",
         "p50 (spread)",
         f"of {baseline}",
-        "p99",
+        tail,
         "first token",
         "per token",
         "processor time",
@@ -119,7 +130,7 @@ def table(head: str, measured: Sequence[Row]) -> str:
             f"{row.rate_ratio:.2f}",
             f"{row.p50_s:.2f} s ({row.least_p50_s:.2f} to {row.most_p50_s:.2f})",
             f"{row.p50_ratio:.2f}",
-            f"{row.p99_s:.2f} s",
+            f"{row.p99_s:.2f} s" + " (most)" * (tail == "p99" and row.answers < P99_OF),
             f"{row.first_s:.2f} s",
             per_token,
             f"{row.cpu_s:.2f} s",

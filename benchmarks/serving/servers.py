@@ -9,19 +9,19 @@ import sys
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import httpx
 import psutil
 
+from benchmarks._measure import forget_resident_peak, resident_bytes
 from service.serve import guard
-from service.serve.machine import free_ports
+from service.serve.machine import LOOPBACK, free_ports
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
 
-LOOPBACK = "127.0.0.1"
 START_S = 1800
 """vLLM compiles for minutes, and for many more where the machine is busy."""
 PATIENCE_S = 30
@@ -31,9 +31,8 @@ READY_S = 60
 REST_S, REST_WITHIN_S = 0.5, 10.0
 BUSY = 0.1
 """Of a core, at rest: heartbeats and the like."""
-PROC = Path("/proc")
-FORGET_PEAK = "5"
-"""What the kernel reads in a process's `clear_refs` as to begin anew with its peak."""
+TAIL = 30
+"""Lines of the log of a server that did not start."""
 
 
 @dataclass(frozen=True)
@@ -132,23 +131,16 @@ def tree_peak_bytes(root: psutil.Process) -> int:
     total = 0
     for process in _tree(root):
         with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
-            total += process.memory_full_info().pss + _above_now(process)
+            now, peak = resident_bytes(process.pid)
+            total += process.memory_full_info().pss + max(0, peak - now)
     return total
-
-
-def _above_now(process: psutil.Process) -> int:
-    """Bytes by which a process's resident set was at its peak above what it is now."""
-    lines = (PROC / str(process.pid) / "status").read_text().splitlines()
-    sizes = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    peak, now = (int(sizes.get(name, "0 kB").split()[0]) for name in ("VmHWM", "VmRSS"))
-    return max(0, peak - now) * 1024
 
 
 def _forget_peaks(root: psutil.Process) -> None:
     """From now on the kernel keeps new peaks of the resident sets of a process tree."""
     for process in _tree(root):
         with suppress(ProcessLookupError, FileNotFoundError):
-            (PROC / str(process.pid) / "clear_refs").write_text(FORGET_PEAK)
+            forget_resident_peak(process.pid)
 
 
 def tree_cpu_s(root: psutil.Process) -> float:
@@ -164,6 +156,42 @@ def _tree(root: psutil.Process) -> tuple[psutil.Process, ...]:
     return root, *root.children(recursive=True)
 
 
+def leave_by_sigterm() -> None:
+    """Let SIGTERM leave by way of all `with` blocks, which end servers; a second one changes nothing."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+class Guard:
+    """A process that kills the groups that it watches, if this one ends without leaving the block."""
+
+    def __enter__(self) -> Self:
+        command = [sys.executable, "-I", "-S", guard.__file__]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)  # noqa: S603
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.communicate()  # it ends with its input
+
+    def watch(self, group: int) -> None:
+        """A process group that is to end, too."""
+        self._tell(f"+{group}\n")
+
+    def forget(self, group: int) -> None:
+        """One that has ended, or ends by itself."""
+        self._tell(f"-{group}\n")
+
+    def _tell(self, line: str) -> None:
+        if self._process.stdin is None:
+            raise RuntimeError("the guard has no input")
+        self._process.stdin.write(line)
+        self._process.stdin.flush()
+
+
 @dataclass
 class Keeper:
     """Starts servers; as a context, ends them all. Should this process be killed, a guard process does."""
@@ -172,11 +200,11 @@ class Keeper:
     logs: Path
     _groups: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _stopped: list[psutil.Process] = field(default_factory=list)
+    _guard: Guard = field(default_factory=Guard)
 
     def __enter__(self) -> Self:
         self.logs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-I", "-S", guard.__file__]
-        self._guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True, text=True)  # noqa: S603
+        self._guard.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,13 +217,14 @@ class Keeper:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        self._guard.communicate()  # its groups are gone: it ends with its input
+            self._guard.forget(process.pid)
+        self._guard.__exit__()
 
     def start(self, rival: Rival) -> Server:
         """A server that is ready. Raises SystemExit, with the end of its log, if it does not become so."""
         (port,) = free_ports(1)
         launch = rival.launch(LOOPBACK, port)
-        log = self.logs / f"{rival.name.replace(' ', '-')}.log"
+        log = self.logs / f"{log_name(rival.name, port)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(  # noqa: S603 -- our own server, or one compared with
                 launch.command,
@@ -205,7 +234,7 @@ class Keeper:
                 start_new_session=True,
             )
         self._groups.append(process)
-        self._tell_guard(process.pid)
+        self._guard.watch(process.pid)
         url = f"http://{LOOPBACK}:{port}"
         _await_health(process, url + launch.health, log)
         return Server(rival, url, psutil.Process(process.pid), launch.health)
@@ -226,7 +255,7 @@ class Keeper:
                 groups.add(os.getpgid(process.pid))
         groups -= roots
         for group in groups:  # stopped, they do not notice that what they belong to is gone
-            self._tell_guard(group)
+            self._guard.watch(group)
         try:
             for process in self._stopped:
                 with suppress(psutil.NoSuchProcess):
@@ -235,7 +264,7 @@ class Keeper:
         finally:
             self._go_on()
             for group in groups:
-                self._tell_guard(group, "-")
+                self._guard.forget(group)
 
     def _go_on(self) -> None:
         for process in self._stopped:
@@ -243,16 +272,15 @@ class Keeper:
                 process.resume()
         self._stopped = []
 
-    def _tell_guard(self, group: int, sign: str = "+") -> None:
-        if self._guard.stdin is None:
-            raise RuntimeError("the guard has no input")
-        self._guard.stdin.write(f"{sign}{group}\n")
-        self._guard.stdin.flush()
+
+def log_name(name: str, port: int) -> str:
+    """Of a server's logs: two with one name have none in common."""
+    return f"{name.replace(' ', '-')}-{port}"
 
 
 def _is_healthy(url: str) -> bool:
     with suppress(httpx.HTTPError):  # not there yet
-        return httpx.get(url, timeout=5).is_success
+        return httpx.get(url, timeout=5, trust_env=False).is_success  # a proxy has no way here
     return False
 
 
@@ -262,5 +290,9 @@ def _await_health(process: subprocess.Popen[bytes], url: str, log: Path) -> None
         if _is_healthy(url):
             return
         time.sleep(0.5)
-    tail = "\n".join(log.read_text(errors="replace").splitlines()[-30:])
-    raise SystemExit(f"{url} is not served (exit code {process.returncode}):\n{tail}")
+    raise SystemExit(f"{url} is not served (exit code {process.returncode}):\n{end_of(log)}")
+
+
+def end_of(log: Path) -> str:
+    """Its last lines."""
+    return "\n".join(log.read_text(errors="replace").splitlines()[-TAIL:])

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,14 +20,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.serving import __main__ as program
 from benchmarks.serving import servers
 from benchmarks.serving.asking import Contender, Round, Told, closed_loop, open_loop, questions
 from benchmarks.serving.checkpoint import TOWER, renamed
 from benchmarks.serving.report import Load, plot, rows, table
+from benchmarks.serving.rivals.ours import PrismPrune
 from benchmarks.serving.servers import Keeper, Launch, Server, Usage, at_rest
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Iterator, Mapping, Sequence
 
 ANSWERING = Path(__file__).with_name("answering.py")
 
@@ -41,6 +45,11 @@ class Words:
 
     def launch(self, _host: str, port: int) -> Launch:
         return Launch((sys.executable, str(ANSWERING), str(port)), {}, "/")
+
+
+def asked(content: Sequence[object]) -> list[object]:
+    """The messages of a request."""
+    return [{"role": "user", "content": content}]
 
 
 @pytest.fixture
@@ -61,7 +70,9 @@ def test_every_question_is_asked_once(keeper: Keeper, way: str, streams: bool) -
         else open_loop(contender, contents, per_s=50, tokens=3, seed=1)
     )
     done = asyncio.run(loop)
-    assert [answer.text for answer in done.answers] == ["word word word"] * 5
+    first_words = {answer.text.removesuffix(" word word") for answer in done.answers}
+    assert first_words == {sha256(json.dumps(asked(content)).encode()).hexdigest() for content in contents}
+    assert len(done.answers) == len(first_words) == 5
     assert {answer.per_token_s is None for answer in done.answers} == {not streams}
     assert all(0 < answer.first_s <= answer.total_s <= done.wall_s for answer in done.answers)
     assert done.usage.peak_bytes > 0
@@ -170,6 +181,70 @@ def test_ratios_are_those_of_each_round(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 0
 
 
+def test_medians_are_of_rounds() -> None:
+    """A round with many answers counts no more than another, in any of the columns."""
+    (slow,), quick = of_rounds(8), of_rounds(1, 1)
+    many = replace(slow, answers=slow.answers * 9)
+    (row,) = rows(Load("closed", 2), {"ours": [many, *quick]})
+    assert (row.p50_s, row.first_s) == (0.75, 0.25)
+    assert row.per_token_s == pytest.approx((0.75 - 0.25) / 3)
+
+
+def test_of_few_answers_the_greatest_time_is_called_so() -> None:
+    """A 99th percentile takes a hundred; a table with both says of which rows it is none."""
+    (few,) = rows(Load("closed", 2), {"ours": of_rounds(1)})
+    enough = replace(few, answers=100)
+    assert "| most |" in table("head", [few])
+    assert "| p99 |" in table("head", [enough])
+    assert [line.count("(most)") for line in table("head", [few, enough]).splitlines()[-2:]] == [1, 0]
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[tuple[str, int]]:
+    """Loads and requests of a command line."""
+    monkeypatch.setattr(sys, "argv", ["serving", *words])
+    return [(str(load), requests) for load, requests in program.loads(program.parsed())]
+
+
+def test_clients_ask_more_than_once_or_are_no_clients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that are all sent at once wait for half of each other: another load than a closed loop's."""
+    asked_for = [("1 clients", 6), ("8 clients", 16), ("32 clients", 64)]
+    assert arguments(monkeypatch) == asked_for
+    once = ("--clients", "1,16", "--waves", "1", "--requests", "16", "--rates", "0.5")
+    assert arguments(monkeypatch, *once) == [
+        ("1 clients", 16),
+        ("16 at once", 16),
+        ("0.5 requests/s arriving", 16),
+    ]
+
+
+def test_prismprunes_own_logs_outlive_its_data(tmp_path: Path) -> None:
+    """Two services with one name have logs of their own."""
+    for number in (1, 2):
+        data = tmp_path / f"data{number}"
+        PrismPrune("model", data, tmp_path / "logs").launch("127.0.0.1", number)
+        (data / "logs" / "worker.log").write_text(str(number))
+    logs = sorted((tmp_path / "logs").rglob("worker.log"))
+    assert [log.read_text() for log in logs] == ["1", "2"]
+
+
+def test_servers_of_one_name_have_a_log_each(keeper: Keeper) -> None:
+    keeper.start(Words())
+    keeper.start(Words())
+    assert len(list(keeper.logs.glob("words-*.log"))) == 2
+
+
+def test_no_proxy_is_asked(keeper: Keeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the environment says: servers are on this machine."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(servers, "START_S", 20)
+    contender = Contender(keeper.start(Words()), "words", {})
+    done = asyncio.run(closed_loop(contender, questions(1, seed=1), clients=1, tokens=2))
+    assert len(done.answers) == 1
+
+
 def test_servers_end_with_the_block(tmp_path: Path) -> None:
     """However it is left."""
     with suppress(LookupError), Keeper(threads=1, logs=tmp_path) as keeper:
@@ -189,11 +264,13 @@ def test_a_server_that_ends_instead_of_starting_is_told_with_its_log(keeper: Kee
         keeper.start(Broken())
 
 
-def test_servers_end_when_the_benchmark_is_killed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_servers_end_when_the_benchmark_is_killed(tmp_path: Path, end: signal.Signals) -> None:
     """SIGKILL leaves it no time to end them itself, nor to let one go on that is stopped."""
     script = (
-        "import pathlib, time; from benchmarks.serving.servers import Keeper; "
+        "import pathlib, time; from benchmarks.serving.servers import Keeper, leave_by_sigterm; "
         "from tests.benchmarks.test_serving import Words\n"
+        "leave_by_sigterm()\n"
         f"with Keeper(1, pathlib.Path({str(tmp_path)!r})) as keeper:\n"
         "    one, other = keeper.start(Words()), keeper.start(Words())\n"
         "    with keeper.alone(other):\n"
@@ -205,7 +282,7 @@ def test_servers_end_when_the_benchmark_is_killed(tmp_path: Path) -> None:
     with benchmark:
         assert benchmark.stdout is not None
         server = psutil.Process(int(benchmark.stdout.readline()))
-        os.kill(benchmark.pid, signal.SIGKILL)
+        os.kill(benchmark.pid, end)
     until = time.monotonic() + 30
     with suppress(psutil.NoSuchProcess):
         while server.status() != psutil.STATUS_ZOMBIE and time.monotonic() < until:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 VERSION = "0.2.19"
-MAX_BATCH = 8
-"""The service's own default."""
 
 
 def environment(folder: Path) -> Environment:
@@ -39,11 +37,18 @@ class LitServePlain:
     model: str
     python: Path
     dtype: str = "float32"
+    max_batch: int = 8
     name: str = "litserve"
     own: Mapping[str, Any] = field(default_factory=dict)
     streams: bool = False
 
     def launch(self, host: str, port: int) -> Launch:
         script = str(Path(__file__).with_name("litserve_app.py"))
-        options = ("--host", host, "--port", str(port), "--max-batch", str(MAX_BATCH), "--dtype", self.dtype)
-        return Launch((str(self.python), script, self.model, *options), {"HF_HUB_OFFLINE": "1"}, "/health")
+        options = {
+            "--host": host,
+            "--port": str(port),
+            "--max-batch": str(self.max_batch),
+            "--dtype": self.dtype,
+        }
+        named = (word for option in options.items() for word in option)
+        return Launch((str(self.python), script, self.model, *named), {"HF_HUB_OFFLINE": "1"}, "/health")

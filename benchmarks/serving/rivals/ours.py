@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.serving.servers import Launch
+from benchmarks.serving.servers import Launch, log_name
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -15,10 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PrismPrune:
-    """Keeps its data, its broker's too, in a folder of its own. The budget is a field of each request."""
+    """Keeps its data, its broker's too, in a folder of its own. The budget is a field of each request.
+
+    logs: below it are those of its parts, in a folder for each launch.
+    """
 
     model: str
     data: Path
+    logs: Path
     dtype: str = "float32"
     device: str = "cpu"
     max_batch: int = 8
@@ -28,6 +32,7 @@ class PrismPrune:
     streams: bool = True
 
     def launch(self, host: str, port: int) -> Launch:
+        self._lead_out_logs(log_name(self.name, port))
         environment = {
             "PRISM_HOST": host,
             "PRISM_PORT": str(port),
@@ -43,3 +48,11 @@ class PrismPrune:
             **self.settings,
         }
         return Launch((sys.executable, "-m", "service.serve"), environment, "/healthz")
+
+    def _lead_out_logs(self, folder: str) -> None:
+        """Its data end with the benchmark; why a part of it failed is read afterwards."""
+        own, place = (self.logs / folder).absolute(), self.data / "logs"
+        own.mkdir(parents=True, exist_ok=True)
+        self.data.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)  # of a launch before
+        place.symlink_to(own)
