@@ -7,6 +7,7 @@ models' own `forward` do the work here.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,9 +16,11 @@ from prismprune.batches import Batch, joined
 from prismprune.generation import Prefilled, Row
 from prismprune.meters import Stopwatch
 from prismprune.prefill import Kept, Prefill
+from prismprune.sampling import next_tokens
+from prismprune.text_stream import Spelling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
     from prismprune.caching import ByteCache
     from prismprune.cpu_steps import CpuSteps
     from prismprune.families.base import Visual
-    from prismprune.generation import Generated, GenerationOptions, Prompt
+    from prismprune.generation import GenerationOptions, Prompt
     from prismprune.replay import Replay
 
 TokenEvent = tuple[Row, str]
@@ -48,6 +51,11 @@ class Decoder:
     visual_inputs: Callable[[Sequence[Visual]], dict[str, Any]]
     replay: Replay | None = None
     cpu_steps: CpuSteps | None = None
+
+    @cached_property
+    def spelling(self) -> Spelling:
+        """Of its tokenizer."""
+        return Spelling(self.tokenizer)
 
     def step(self, batch: Batch, tokens: list[int]) -> Tensor:
         """Feed one token a row; logits [B, vocabulary] of the next, good until the next step."""
@@ -83,28 +91,6 @@ class Decoder:
             return 0, 0
         first, last = int(visual[0]), int(visual[-1])
         return first, last + 1 if last + 1 < len(prompt.token_ids) else 0
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        options: Sequence[GenerationOptions],
-        should_stop: Callable[[int], bool] | None = None,
-    ) -> Generator[tuple[int, str], None, list[Generated]]:
-        """Answer all prompts in one batch, with an event a token; the generator's value are the outcomes.
-
-        `should_stop(row)` is asked before each token of a row; True ends it as "canceled".
-        """
-        running = Running(self)
-        rows = running.join(prompts, options)
-        places = {id(row): place for place, row in enumerate(rows)}
-        while running.rows:
-            if should_stop is not None:
-                for place, row in enumerate(rows):
-                    if row.finish_reason is None and should_stop(place):
-                        row.cancel()
-            for row, text in running.step():
-                yield places[id(row)], text
-        return [row.outcome() for row in rows]
 
 
 class Running:
@@ -142,7 +128,7 @@ class Running:
         prefill_ms = self._tick() - began_ms
         rows = [
             Row(
-                self._decoder.tokenizer,
+                self._decoder.spelling,
                 own,
                 Prefilled(len(prompt.token_ids), batch.token_bytes, prefill_ms, self._now_ms),
             )
@@ -171,11 +157,11 @@ class Running:
         return events
 
     def _take(self, rows: Sequence[Row], logits: Tensor) -> list[TokenEvent]:
-        likeliest = logits.argmax(-1).tolist()
+        tokens = next_tokens(logits, [row.dice for row in rows])
         now_ms = self._tick()
         return [
-            (row, row.take(scores, token, self._decoder.end_ids, now_ms))
-            for row, scores, token in zip(rows, logits, likeliest, strict=True)
+            (row, row.take(token, self._decoder.end_ids, now_ms))
+            for row, token in zip(rows, tokens, strict=True)
             if row.finish_reason is None
         ]
 

@@ -82,7 +82,7 @@ class PartsUnavailableError(PrismError):
 
 
 class InvalidScoresError(PrismError):
-    """Attention and features that do not belong together, or a vision tower that gave none."""
+    """Attention and features that do not belong together, a tower that gave none, or logits that are NaN."""
 
     slug = "invalid-scores"
     title = "Invalid scores"

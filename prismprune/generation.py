@@ -1,36 +1,30 @@
 """One answer, token by token: how its tokens are chosen, when it ends, and the text that it gives on its way.
 
-transformers' `generate` takes one configuration a batch and cannot drop a row; its warpers do the work here,
-and `prismprune.decoding` runs the model over many rows.
+transformers' `generate` takes one configuration a batch and cannot drop a row; `prismprune.decoding` runs the
+model over many rows.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from transformers import (
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from prismprune.errors import InvalidOptionError
+from prismprune.errors import InvalidOptionError, InvalidScoresError
+from prismprune.sampling import Dice
+from prismprune.text_stream import TextStream
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Sequence
+    from collections.abc import Hashable
 
     from torch import Tensor
 
     from prismprune.families.base import Visual
     from prismprune.results import FinishReason
-
-COLDEST = 1e-5
-"""Below this temperature logits overflow, and nothing but the likeliest token is ever drawn: greedy."""
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a character decodes to while some of its bytes are still to come."""
+    from prismprune.text_stream import Spelling
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,16 +43,34 @@ class GenerationOptions:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise InvalidOptionError("max_new_tokens is at least 1.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+        if not (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
+            raise InvalidOptionError("max_new_tokens is a whole number of at least 1.")
+        if not (_is_number(self.temperature) and self.temperature >= 0):
             raise InvalidOptionError("temperature is a number of at least 0.")
-        if not 0 < self.top_p <= 1:
+        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise InvalidOptionError("top_p is a number above 0 and at most 1.")
-        if not all(self.stop):
-            raise InvalidOptionError("A stop string is not empty.")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+        if not _are_texts(self.stop):
+            raise InvalidOptionError("stop is a tuple of strings that are not empty.")
+        if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
             raise InvalidOptionError("seed is a whole number of at most 64 bits.")
+        for name, value in (("max_new_tokens", self.max_new_tokens), ("seed", self.seed)):
+            if value is not None:
+                object.__setattr__(self, name, int(value))  # numpy's are whole numbers, too
+        if self.system is not None and not isinstance(self.system, str):
+            raise InvalidOptionError("system is a text.")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _are_texts(value: object) -> bool:
+    """A string alone is none: it would be taken for its letters."""
+    return isinstance(value, (tuple, list)) and all(isinstance(text, str) and text for text in value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,48 +119,6 @@ class Generated:
     generate_ms: float
 
 
-class TextStream:
-    """Turns a row's growing token ids into text that is given out once it can no longer change.
-
-    What is held back: the start of a character whose bytes are not all there, what may become a stop string,
-    and white space that may turn out to be the last. Text is given without white space at either end.
-    """
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self.given = ""
-        self.stopped = False
-
-    def push(self, token_ids: Sequence[int]) -> str:
-        """The newly settled text of all of a row's tokens so far; sets `stopped` at a stop string."""
-        text = self._decode(token_ids)
-        ends = [at for stop in self._stop if (at := text.find(stop)) >= 0]
-        self.stopped = bool(ends)
-        return self._give(text[: min(ends)] if ends else self._settled(text))
-
-    def end(self, token_ids: Sequence[int]) -> str:
-        """What was held back, as no more tokens come."""
-        return self._give(self._decode(token_ids))
-
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode(
-            token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def _settled(self, text: str) -> str:
-        text = text.rstrip(UNFINISHED)
-        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
-        held = max((len(start) for start in starts if text.endswith(start)), default=0)
-        return text[: len(text) - held]
-
-    def _give(self, text: str) -> str:
-        new = text.strip()[len(self.given) :]
-        self.given += new
-        return new
-
-
 @dataclass(frozen=True, slots=True)
 class Prefilled:
     """What is known of a row before its first token.
@@ -164,33 +134,35 @@ class Prefilled:
 
 
 class Row:
-    """One answer in the making."""
+    """One answer in the making. dice: what its tokens are drawn with, if they are."""
 
-    def __init__(self, tokenizer: Any, options: GenerationOptions, prefilled: Prefilled) -> None:
+    def __init__(self, spelling: Spelling, options: GenerationOptions, prefilled: Prefilled) -> None:
         self.token_ids: list[int] = []
-        self.finish_reason: FinishReason | None = None
-        self._stream = TextStream(tokenizer, options.stop)
-        self._choose = _sampler(options)
+        self.finish_reason: FinishReason | Literal["failed"] | None = None
+        self.dice = Dice.of(options)
+        self._stream = TextStream(spelling, options.stop)
         self._max_new_tokens = options.max_new_tokens
         self._prefilled = prefilled
         self._ended_ms = prefilled.ended_ms
         self._taken = 0
 
-    def take(self, scores: Tensor, likeliest: int, end_ids: frozenset[int], now_ms: float) -> str:
-        """Choose the next token by its scores [vocabulary]; returns the text that is settled by it."""
+    def take(self, token: int | None, end_ids: frozenset[int], now_ms: float) -> str:
+        """Go on with the next token; returns the text that is settled by it. None ends it as "failed"."""
         self._taken += 1
         self._ended_ms = now_ms
-        token = self._choose(scores, likeliest)
+        if token is None:
+            self.finish_reason = "failed"
+            return ""
         if token in end_ids:
             self.finish_reason = "stop"
             return self._stream.end(self.token_ids)
         self.token_ids.append(token)
         text = self._stream.push(self.token_ids)
-        if self._stream.stopped:
-            self.finish_reason = "stop"
-        elif len(self.token_ids) == self._max_new_tokens:
+        if not self._stream.stopped and len(self.token_ids) == self._max_new_tokens:
             self.finish_reason = "length"
             text += self._stream.end(self.token_ids)
+        if self._stream.stopped:
+            self.finish_reason = "stop"
         return text
 
     def cancel(self) -> None:
@@ -199,9 +171,11 @@ class Row:
         self._stream.end(self.token_ids)
 
     def outcome(self) -> Generated:
-        """What came of it; only once it has ended."""
+        """What came of it; only once it has ended. Raises `InvalidScoresError` if it failed."""
         if self.finish_reason is None:
             raise RuntimeError("a row was left before its end")
+        if self.finish_reason == "failed":
+            raise InvalidScoresError("The model's scores for the next token are no finite numbers.")
         fed = max(0, self._taken - 1)  # the last token chosen is never given back to the model
         return Generated(
             text=self._stream.given,
@@ -212,22 +186,3 @@ class Row:
             prefill_ms=self._prefilled.took_ms,
             generate_ms=self._ended_ms - self._prefilled.ended_ms,
         )
-
-
-def _sampler(options: GenerationOptions) -> Callable[[Tensor, int], int]:
-    """Chooses a token by its scores [vocabulary] and the likeliest one's id; each row has its own dice."""
-    if options.temperature < COLDEST:
-        return lambda _scores, likeliest: likeliest
-    dice = torch.Generator()  # on the CPU: the same seed draws the same numbers for every device
-    dice.manual_seed(dice.seed() if options.seed is None else options.seed)
-    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(options.temperature))])
-    if options.top_p < 1:
-        warpers.append(TopPLogitsWarper(options.top_p))
-
-    no_history: Any = None  # neither warper looks at the tokens before
-
-    def draw(scores: Tensor, _likeliest: int) -> int:
-        warped = warpers(no_history, scores[None].float().cpu())
-        return int(torch.multinomial(warped.softmax(-1), 1, generator=dice))
-
-    return draw

@@ -249,7 +249,10 @@ class Session:
         return events
 
     def answers(self, request: Pending) -> list[Answer]:
-        """An answer a question, of a request that is `done`."""
+        """An answer a question, of a request that is `done`.
+
+        Raises `InvalidScoresError` where the model's scores for one of them were no numbers.
+        """
         return [self._answer(request, row.outcome()) for row in request.rows]
 
     def make_room(self) -> bool:
@@ -310,9 +313,16 @@ def _own_key(request: VisualRequest) -> Hashable:
 
 
 def check_questions(questions: Sequence[str]) -> None:
-    """Raise `InvalidOptionError` if there is none."""
+    """Raise `InvalidOptionError` if there is none, or one that is no text."""
     if not questions:
         raise InvalidOptionError("A request needs at least one question.")
+    if isinstance(questions, str):  # a sequence, too, of its letters
+        raise InvalidOptionError("Questions are a tuple of texts, not a text.")
+    for text in questions:
+        if not isinstance(text, str):
+            raise InvalidOptionError("A question is a text.")
+        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes half a character
+            raise InvalidOptionError("A question has half a character in it (a lone surrogate).")
 
 
 def _timings(encoded: Timings, outcome: Generated, prompts_ms: float) -> Timings:

@@ -486,7 +486,11 @@ class Engine(Generic[M]):
     def _settle(self) -> None:
         for work in self._working:
             if work.request.done:
-                answers = self._session.answers(work.request)
+                try:
+                    answers = self._session.answers(work.request)
+                except Exception as error:  # noqa: BLE001 - as in `_taken_in`
+                    _fail(work.ticket, error)
+                    continue
                 answered = Answered(answers, work.request.shared_with, work.began, work.joined)
                 self._line.answered(work.began)  # before its caller can know
                 work.ticket.future.set_result(answered)

@@ -1,10 +1,12 @@
-"""Decoding: each row of a batch by its own rules, and text that is given out once it is sure."""
+"""Decoding: each row of a batch by its own rules."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,18 +18,17 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from prismprune.decoding import Decoder
-from prismprune.errors import InvalidOptionError
-from prismprune.generation import Generated, GenerationOptions, Prompt, TextStream
+from prismprune.decoding import Decoder, Running
+from prismprune.errors import InvalidOptionError, InvalidScoresError
+from prismprune.generation import Generated, GenerationOptions, Prompt
 from prismprune.lanes import lanes_of
 from prismprune.prefill import similar_lengths
 from tests.prismprune.tiny import tiny_tokenizer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
 TOKENIZER = tiny_tokenizer()
-FIRST_BYTE = len(TOKENIZER) - 256
 
 
 @pytest.fixture(scope="module")
@@ -59,14 +60,17 @@ def generate(
     options: list[GenerationOptions],
     should_stop: Callable[[int], bool] | None = None,
 ) -> tuple[list[Generated], list[str]]:
-    """The outcomes, and the text of each row's events."""
-    events, pieces = decoder.generate(prompts, options, should_stop), [""] * len(prompts)
-    while True:
-        try:
-            row, text = next(events)
-        except StopIteration as end:
-            return end.value, pieces
-        pieces[row] += text
+    """The outcomes, and the text of each row's events. `should_stop` is asked before each token of a row."""
+    running = Running(decoder)
+    rows = running.join(prompts, options)
+    places, pieces = {id(row): place for place, row in enumerate(rows)}, [""] * len(prompts)
+    while running.rows:
+        for place, row in enumerate(rows):
+            if should_stop is not None and row.finish_reason is None and should_stop(place):
+                row.cancel()
+        for row, text in running.step():
+            pieces[places[id(row)]] += text
+    return [row.outcome() for row in rows], pieces
 
 
 def alone(
@@ -165,7 +169,7 @@ def test_the_cache_is_counted_without_padding_and_without_neighbors(model: Llama
 
 
 def test_a_canceled_row_keeps_what_it_has_and_the_others_go_on(model: LlamaForCausalLM) -> None:
-    """`should_stop` is asked before each token of a row, and ends only that row."""
+    """Between two tokens, and only that row ends."""
     asked = itertools.count()
     outcomes, _ = generate(
         decoder(model),
@@ -197,80 +201,54 @@ def test_a_stop_string_ends_the_text_before_it(model: LlamaForCausalLM) -> None:
     assert outcomes[0].finish_reason == "stop"
 
 
-def test_leaving_the_generator_ends_the_generation(model: LlamaForCausalLM) -> None:
-    """Nothing is computed for whoever stopped listening."""
-    steps = []
-    hook = model.register_forward_hook(lambda *_: steps.append(1))
-    events = decoder(model).generate([prompt("x")], [GenerationOptions(max_new_tokens=50)])
-    next(events)
-    events.close()
-    hook.remove()
-    assert len(steps) == 1
-
-
 def test_the_callers_gradient_mode_is_left_alone(model: LlamaForCausalLM) -> None:
     """Between two tokens the caller is not inside inference mode."""
-    events = decoder(model).generate([prompt("x")], [GenerationOptions(max_new_tokens=2)])
-    next(events)
+    running = Running(decoder(model))
+    running.join([prompt("x")], [GenerationOptions(max_new_tokens=2)])
+    running.step()
     assert not torch.is_inference_mode_enabled()
 
 
-def stream(data: str | list[int], stop: Sequence[str] = ()) -> tuple[list[str], TextStream]:
-    """Push `data` byte by byte; the pieces, and the stream. Every byte is a token."""
-    text, ids, pieces = TextStream(TOKENIZER, stop), [], []
-    for token in TOKENIZER(data)["input_ids"] if isinstance(data, str) else data:
-        ids.append(token)
-        pieces.append(text.push(ids))
-        if text.stopped:
-            return pieces, text
-    return [*pieces, text.end(ids)], text
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf])
+def test_a_row_without_finite_scores_fails_alone(
+    model: LlamaForCausalLM, score: float, temperature: float
+) -> None:
+    """Its outcome is an error; a neighbor's is what it is alone."""
+    own = GenerationOptions(max_new_tokens=8, temperature=temperature, seed=5)
+    expected = alone(model, "x", own)
+    steps = itertools.count()
+
+    def spoil(_head: Any, _inputs: Any, logits: torch.Tensor) -> None:
+        if len(logits) == 2 and next(steps) == 3:
+            logits[1] = score
+
+    hook = model.lm_head.register_forward_hook(spoil)
+    try:
+        running = Running(decoder(model))
+        rows = running.join([prompt("x"), prompt("yyyyyyyyy")], [own, own])
+        while running.rows:
+            running.step()
+    finally:
+        hook.remove()
+    assert rows[0].outcome().token_ids == expected.token_ids
+    assert (rows[1].finish_reason, len(rows[1].token_ids)) == ("failed", 4)
+    with pytest.raises(InvalidScoresError):
+        rows[1].outcome()
 
 
-def decoded(ids: Any) -> str:
-    """By the tokenizer alone, all at once."""
-    text = TOKENIZER.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)  # of several rows it is a list
-    return text
+def test_one_score_that_is_no_number_fails_a_row(model: LlamaForCausalLM) -> None:
+    """Also where another token is the likeliest of those that have one."""
 
+    def spoil(_head: Any, _inputs: Any, logits: torch.Tensor) -> None:
+        logits[..., -1] = math.nan
 
-@given(st.text(max_size=30))
-def test_pieces_add_up_to_the_text(data: str) -> None:
-    """Whole characters only, and without white space at either end."""
-    pieces, text = stream(data.replace("\r", ""))
-    assert "".join(pieces) == text.given
-    assert text.given == decoded(TOKENIZER(data.replace("\r", ""))["input_ids"]).strip()
-
-
-@given(st.lists(st.integers(FIRST_BYTE, FIRST_BYTE + 255), max_size=40))
-def test_pieces_of_broken_characters_add_up_too(ids: list[int]) -> None:
-    """Bytes that are no UTF-8, as a random model writes them, still give what decoding all of them gives."""
-    pieces, text = stream(ids)
-    assert "".join(pieces) == text.given == decoded(ids).strip()
-
-
-@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_nothing_of_a_stop_string_is_ever_given_out(data: str, stops: list[str]) -> None:
-    """The text ends before the first stop string to be complete, wherever its pieces were cut."""
-    pieces, text = stream(data, stops)
-    ends = [data.index(stop) + len(stop) for stop in stops if stop in data]
-    if not ends:
-        assert not text.stopped
-        assert "".join(pieces) == data
-        return
-    cut = data[: min(ends)]
-    assert "".join(pieces) == text.given == cut[: min(cut.index(stop) for stop in stops if stop in cut)]
-
-
-def test_a_character_is_given_once_it_is_whole() -> None:
-    """The first bytes of a euro sign give nothing, its last the sign."""
-    pieces, _ = stream("a€b")
-    assert pieces == ["a", "", "", "€", "b", ""]
-
-
-def test_a_stop_string_of_white_space_counts_at_the_start() -> None:
-    """Leading white space is not given out, but it can end an answer."""
-    pieces, text = stream("\nrest", ["\n"])
-    assert (pieces, text.stopped) == ([""], True)
+    hook = model.lm_head.register_forward_hook(spoil)
+    try:
+        with pytest.raises(InvalidScoresError):
+            alone(model, "x", GenerationOptions())
+    finally:
+        hook.remove()
 
 
 @given(st.lists(st.integers(1, 3000), min_size=1, max_size=20))
@@ -316,19 +294,38 @@ def test_a_row_too_many_for_two_lanes_is_by_itself(rows: int, sizes: list[int]) 
     "options",
     [
         {"max_new_tokens": 0},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": True},
+        {"max_new_tokens": "8"},
         {"temperature": -0.1},
         {"temperature": float("nan")},
         {"temperature": float("inf")},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"temperature": True},
+        {"temperature": "hot"},
+        {"top_p": None},
         {"stop": ("",)},
+        {"stop": "end"},
+        {"stop": (1,)},
         {"seed": 2**63},
+        {"seed": 1.0},
+        {"seed": False},
+        {"system": 1},
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
     """Each with an error that a caller can act on."""
     with pytest.raises(InvalidOptionError):
         GenerationOptions(**options)
+
+
+def test_numbers_of_numpy_are_options_too() -> None:
+    """Whole ones as Python's own."""
+    given_ones: Any = {"max_new_tokens": np.int64(3), "temperature": np.float32(0.5), "seed": np.int32(4)}
+    options = GenerationOptions(**given_ones)
+    assert options == GenerationOptions(max_new_tokens=3, temperature=0.5, seed=4)
+    assert (type(options.max_new_tokens), type(options.seed)) == (int, int)
 
 
 def test_prompts_with_positions_of_their_own_go_on_from_them() -> None:

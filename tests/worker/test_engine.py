@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prismprune.caching import EncodingCache
-from prismprune.errors import UnknownModelError, UnsupportedMediaError
-from tests.worker.conftest import Scripted
+from prismprune.errors import InvalidScoresError, UnknownModelError, UnsupportedMediaError
+from tests.worker.conftest import Scripted, ScriptedSession
 from worker.engine import Engine, _out_of_memory
 from worker.errors import DeadlineExceededError, OutOfMemoryError, StoppedError
 from worker.line import Limits
@@ -251,6 +251,27 @@ def test_only_the_culprit_fails() -> None:
         assert after.answered().answers[0].text == "after"
         with pytest.raises(RuntimeError):
             culprit.answered()
+
+
+def test_an_answer_without_an_outcome_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its logits were no numbers: its own error, and its neighbor is answered where it is, once."""
+    model, answers = Scripted(), ScriptedSession.answers
+
+    def spoiled(one: Any) -> Any:
+        if "spoiled" in one.questions:
+            raise InvalidScoresError("no numbers")
+        return answers(one)
+
+    monkeypatch.setattr(ScriptedSession, "answers", staticmethod(spoiled))
+    with engine(model) as running:
+        hold(model, running)
+        culprit, neighbor = ask(running, "spoiled"), ask(running, "neighbor")
+        model.gate.set()
+        assert neighbor.answered().answers[0].text == "neighbor"
+        with pytest.raises(InvalidScoresError):
+            culprit.answered()
+        assert ask(running, "later").answered().answers[0].text == "later"
+    assert model.batches == [["held"], ["spoiled", "neighbor"], ["later"]]
 
 
 def test_a_batch_too_large_is_answered_by_halves() -> None:
