@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from typing import TYPE_CHECKING
 
@@ -69,4 +70,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(
+        prog="python -m service",
+        description="Serves the HTTP API of one front end until SIGTERM.",
+        epilog="Settings are environment variables, such as PRISM_PORT: docs/settings.md.",
+    ).parse_args()
     sys.exit(main())

@@ -6,12 +6,24 @@ from contextlib import asynccontextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import httpx
-from fastapi_offline import FastAPIOffline
+from fastapi import FastAPI
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from service import VERSION, answer, chat, errors, events, health, metrics_page, models, openapi, uploads
+from service import (
+    VERSION,
+    answer,
+    chat,
+    errors,
+    events,
+    health,
+    metrics_page,
+    models,
+    openapi,
+    pages,
+    uploads,
+)
 from service.admission import Admission
 from service.broker import Durability
 from service.context import Context
@@ -32,21 +44,14 @@ from worker.contract import redis_url
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from fastapi import FastAPI
+    from fastapi.telemetry import TelemetryConfig
 
     from service.tracing import Tracing
 
 CONNECTIONS = 32
 """To the broker from one process: every use but the shared subscription is a single short command."""
-NO_TELEMETRY = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
+NO_TELEMETRY: TelemetryConfig = {"tracing": False, "metrics": False, "logs": False, "auto_configure": False}
 """Of FastAPI's own, which would send messages of errors and query strings: they may quote a question."""
-DESCRIPTION = """Ask about images and videos, with a budget of visual tokens per request.
-
-The examples work as they stand. With a file of your own:
-
-    curl -s localhost:8000/v1/answer \\
-      -F image=@scene.png -F 'question=What color is the star?' -F token_budget=64
-"""
 
 
 def create_app(settings: ServiceSettings | None = None) -> FastAPI:
@@ -62,14 +67,12 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         ):
             yield
 
-    app = FastAPIOffline(  # FastAPI's own /docs takes its scripts from another host, and is blank without it
+    app = FastAPI(
         title="PrismPrune",
         version=VERSION,
-        description=DESCRIPTION,
         lifespan=lifespan,
-        redoc_url=None,
+        openapi_url=None,  # `pages` has it, and /docs: FastAPI's own takes its scripts from another host
         telemetry=NO_TELEMETRY,
-        static_url="/docs/static",
     )
     app.add_middleware(BodyLimit, settings=settings)  # the last one added is the outermost
     app.add_middleware(KeyGuard, settings=settings)
@@ -81,6 +84,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
     errors.install(app, settings.problem_base_url)
     for router in (answer.router, events.router, chat.router, models.router, uploads.router, health.router):
         app.include_router(router)
+    app.include_router(pages.router)
     if not settings.metrics_port:
         app.include_router(metrics_page.router)
     openapi.install(app, guarded=bool(settings.key_lines))

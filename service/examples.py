@@ -11,17 +11,17 @@ from PIL import Image, ImageDraw
 
 
 def _scene() -> str:
-    """A small PNG as a data URI."""
-    image = Image.new("P", (112, 112), 0)
-    image.putpalette((245, 245, 240, 214, 39, 40, 31, 90, 180))
+    """A small PNG as a data URI, as large as the demo model sees it."""
+    image = Image.new("P", (336, 336), 0)
+    image.putpalette((200, 200, 200, 214, 39, 40, 31, 90, 180))
     draw = ImageDraw.Draw(image)
-    radii = (26, 10) * 5
+    radii = (78, 30) * 5
     corners = [
-        (40 + radius * math.sin(math.pi * step / 5), 42 - radius * math.cos(math.pi * step / 5))
+        (120 + radius * math.sin(math.pi * step / 5), 126 - radius * math.cos(math.pi * step / 5))
         for step, radius in enumerate(radii)
     ]
     draw.polygon(corners, fill=1)
-    draw.rectangle((70, 68, 98, 96), fill=2)
+    draw.rectangle((210, 204, 294, 288), fill=2)
     png = io.BytesIO()
     image.save(png, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()

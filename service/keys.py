@@ -5,6 +5,7 @@ A key has 256 random bits, so that its plain SHA-256 cannot be searched: a slow 
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import hmac
 import ipaddress
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from service.settings import ListenSettings
 
 KEY_BYTES = 32
-_NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
+_NAME = re.compile(r"(?!-)[A-Za-z0-9._@-]{1,64}")
+_NAMES = "1 to 64 of A-Z a-z 0-9 . _ @ -, not - at the start"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +101,21 @@ def _caller(request: Request) -> Caller:
 CallerHere = Annotated[Caller, Depends(_caller)]
 
 
+def _name(text: str) -> str:
+    if not _NAME.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"a name has {_NAMES}")
+    return text
+
+
 def main(argv: list[str]) -> int:
-    """Prints a new key, shown this once, and its line for `PRISM_API_KEYS`; returns the exit code."""
-    if len(argv) != 1 or not _NAME.fullmatch(argv[0]):
-        sys.stderr.write("usage: python -m service.keys NAME   (1 to 64 of A-Z a-z 0-9 . _ @ -)\n")
-        return 2
-    key, line = new_key(argv[0])
+    """Prints a new key, shown this once, and its line for `PRISM_API_KEYS`; exit code 2 for a bad name."""
+    parser = argparse.ArgumentParser(
+        prog="python -m service.keys",
+        description="Makes an API key, and the line with its hash for PRISM_API_KEYS.",
+        epilog="docs/settings.md has PRISM_API_KEYS and PRISM_API_KEYS_FILE.",
+    )
+    parser.add_argument("name", metavar="NAME", type=_name, help=f"whose key it is: {_NAMES}")
+    key, line = new_key(parser.parse_args(argv).name)
     sys.stdout.write(f"key, for the caller alone:    {key}\nline, for PRISM_API_KEYS:     {line}\n")
     return 0
 

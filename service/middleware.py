@@ -19,6 +19,7 @@ from service.errors import BodyTooLargeError, ServiceError, SlowBodyError, Unaut
 from service.ids import new_id
 from service.keys import WHY_NOT, ApiKeys, may_listen
 from service.logs import REQUEST_ID, without_content
+from service.pages import BELOW, PATHS
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,10 +31,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
-OPEN = frozenset(("/livez", "/readyz"))
-"""Paths that need no key: probes have none."""
+OPEN = frozenset(("/livez", "/readyz")) | PATHS
+"""Paths that need no key: probes have none, and a browser sends one only from a page that it has."""
 UPLOAD = "/v1/media"
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+
+
+def is_open(path: str) -> bool:
+    return path in OPEN or path.startswith(BELOW)
 
 
 class RequestId:
@@ -120,7 +125,7 @@ class Failures:
 
 
 class KeyGuard:
-    """Lets nobody in whose key is not known, whatever the route, and nobody who posts too often.
+    """Lets nobody in whose key is not known, but to probes and pages, and nobody who posts too often.
 
     Without keys it serves whoever has reached a loopback address: `python -m service` listens on no other
     unless told to, and this holds for other ways to start the application as well.
@@ -132,7 +137,7 @@ class KeyGuard:
         self._keys = ApiKeys(settings.key_lines)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and not is_open(scope["path"]):
             if not self._keys and not self._may_answer(scope):
                 raise UnauthorizedError(WHY_NOT)
             caller = self._keys.caller(Headers(scope=scope).get("authorization", ""))

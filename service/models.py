@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import APIRouter, Path
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import UnknownModelError
@@ -22,17 +22,28 @@ router = APIRouter(tags=["models"])
 class ModelView(BaseModel):
     """A model with a worker. `workers` counts those that are warm."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
+    """What `model` in a request names."""
     object: str = "model"
     created: int
+    """When this was told, in Unix seconds."""
     owned_by: str = "prismprune"
     family: str
+    """The adapter that serves it, such as `llava`; empty until a worker is warm."""
     modalities: tuple[str, ...]
+    """`image`, `video`."""
     methods: tuple[str, ...]
+    """What `method` in a request may be."""
     default_token_budget: int | str
+    """Visual tokens of a request that names no budget, or `all`."""
     quantization: str | None
+    """How weights are stored, where not as published."""
     revision: str | None
+    """The checkpoint's, where one is pinned."""
     workers: int
+    """Warm workers: 0 answers nothing yet."""
 
 
 class ModelList(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from copy import deepcopy
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,18 @@ _LATER = (429, 503)
 _OPEN_ROUTES = ("/livez", "/readyz")
 _KEY = "api_key"
 _BINARY = {"type": "string", "format": "binary"}
+
+
+def description(base_url: str, *, guarded: bool) -> str:
+    """The document's first words, with a command that works as pasted where `base_url` is the service."""
+    key = ' -H "Authorization: Bearer $KEY"' if guarded else ""
+    return f"""Ask about images and videos, with a budget of visual tokens per request.
+
+The examples work as they stand, and [the playground](./) asks without any code. With a file of your own:
+
+    curl -s {shlex.quote(f"{base_url}/v1/answer")}{key} \\
+      -F image=@examples/scene.png -F 'question=What color is the star?' -F token_budget=64
+"""
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
@@ -69,12 +82,16 @@ def _with_parts(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def install(app: FastAPI, *, guarded: bool) -> None:
-    """Adds the models that only this module's parts refer to, and the key that `guarded` routes ask for."""
+    """Adds the models that only this module's parts refer to, and the key that `guarded` routes ask for.
+
+    FastAPI's own 422 goes: a route that may refuse a parameter has a problem there, others take any text.
+    """
     generated = app.openapi
 
     def openapi() -> dict[str, Any]:
         document = deepcopy(generated())
         schemas = document["components"]["schemas"]
+        _drop_validation_errors(document)
         for model in (AnswerRequest, ChatRequest, OpenAIError, ProblemDetails):
             for name, schema in _with_parts(model).items():
                 schemas.setdefault(name, schema)
@@ -83,6 +100,17 @@ def install(app: FastAPI, *, guarded: bool) -> None:
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # fastapi's documented way to extend the document
+
+
+def _drop_validation_errors(document: dict[str, Any]) -> None:
+    ref = {"$ref": _REF.format(model="HTTPValidationError")}
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            refused = operation["responses"].get("422", {}).get("content", {})
+            if refused.get("application/json", {}).get("schema") == ref:
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        document["components"]["schemas"].pop(name, None)
 
 
 def _guard(document: dict[str, Any]) -> None:

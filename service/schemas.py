@@ -114,14 +114,16 @@ class AnswerRequest(Generation):
     model: Annotated[str | None, Field(max_length=256, description="The server's default unless given.")] = (
         None
     )
-    question: Text | None = None
+    question: Annotated[Text | None, Field(description="What to ask; or `questions`.")] = None
     questions: Annotated[
         tuple[Text, ...] | None,
         Field(min_length=1, description="Several answers for one encoding of the media."),
     ] = None
-    image: Media | None = None
-    images: Annotated[tuple[Media, ...] | None, Field(min_length=1)] = None
-    video: Media | None = None
+    image: Annotated[Media | None, Field(description="One picture; or `images`, or `video`.")] = None
+    images: Annotated[
+        tuple[Media, ...] | None, Field(min_length=1, description="Several pictures, which share the budget.")
+    ] = None
+    video: Annotated[Media | None, Field(description="A clip; `sampling` says which frames of it.")] = None
     token_budget: Annotated[
         TokenBudget,
         Field(description='Visual tokens of the whole request, or "all". The server\'s default if absent.'),
@@ -130,20 +132,33 @@ class AnswerRequest(Generation):
         float | None,
         Field(gt=0, le=1, description="The budget as a part of the visual tokens; not with token_budget."),
     ] = None
-    method: Annotated[Method, BeforeValidator(_method)] = "prism"
-    prism: PrismOptions = PrismOptions()
-    sampling: FrameSampling = FrameSampling()
+    method: Annotated[
+        Method,
+        BeforeValidator(_method),
+        Field(description="How the tokens that stay are chosen; `GET /v1/models` lists what a model has."),
+    ] = "prism"
+    prism: Annotated[PrismOptions, Field(description="Tunes the method `prism`.")] = PrismOptions()
+    sampling: Annotated[FrameSampling, Field(description="Which frames of a `video`.")] = FrameSampling()
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
+    """Makes draws repeatable."""
     stop: Annotated[
         tuple[Annotated[str, StringConstraints(min_length=1, max_length=256)], ...], Field(max_length=16)
     ] = ()
+    """Texts at which the answer ends; they are not part of it."""
     system: Annotated[str | None, StringConstraints(max_length=MAX_TEXT)] = None
+    """A system prompt before the media."""
     timeout_s: Annotated[
-        float | None, Field(ge=0, description="Bounds the wait of this call: then 202, and the job goes on.")
+        float | None,
+        Field(ge=0, description="Bounds the wait of this call, in seconds: then 202, and the job goes on."),
     ] = None
-    deadline_s: Annotated[float | None, Field(gt=0, description="Bounds the job: then it is expired.")] = None
+    deadline_s: Annotated[
+        float | None, Field(gt=0, description="Bounds the job, in seconds: then it is expired.")
+    ] = None
     stream: Annotated[bool, Field(description="Server-sent events instead of one answer.")] = False
-    include: tuple[Literal["token_map"], ...] = ()
+    include: Annotated[
+        tuple[Literal["token_map"], ...],
+        Field(description="What the result has beside: `token_map`, which tokens were kept."),
+    ] = ()
 
     @model_validator(mode="after")
     def _one_of_each(self) -> Self:
@@ -180,24 +195,39 @@ class AnswerRequest(Generation):
 class ProblemDetails(BaseModel):
     """RFC 9457. `type` ends in a stable slug."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     type: str
+    """A URI that names the kind of problem, and does not change."""
     title: str
+    """The kind in words."""
     status: int
+    """The HTTP status."""
     detail: str
+    """What is wrong with this request."""
     request_id: str
+    """Finds the request in the logs; the reply's `X-Request-Id`, too."""
 
 
 class JobView(BaseModel):
     """A job as `GET /v1/jobs/{id}` shows it. Times are Unix seconds."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
+    """The job's, as in `Location`."""
     state: JobState
+    """`queued` and `running` go on; each of the others is the end."""
     created_at: float
+    """When it was accepted, in Unix seconds."""
     started_at: float | None
+    """When the last attempt began, in Unix seconds."""
     finished_at: float | None
+    """When it ended, in Unix seconds."""
     attempts: int
-    result: AnswerResult | None
-    error: ProblemDetails | None
+    """How often a worker has begun it: more than once, where one was lost."""
+    result: Annotated[AnswerResult | None, Field(description="Of a job that succeeded.")]
+    error: Annotated[ProblemDetails | None, Field(description="Of a job that did not.")]
 
 
 class OpenAIErrorBody(BaseModel):

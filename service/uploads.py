@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import IO, TYPE_CHECKING, Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 from starlette.datastructures import UploadFile
 from starlette.requests import Request  # noqa: TC002 (fastapi reads the annotations at run time)
 
@@ -38,13 +38,22 @@ _BODY = {
 class StoredMedia(BaseModel):
     """Media that questions may name by `id`. `expires_at` is Unix time, put off by every use."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
+    """The SHA-256 of the bytes: `{"id": "..."}` in a question."""
     media_type: str
+    """What the bytes are, whatever was declared."""
     bytes: int
+    """The file's size."""
     width: int | None
+    """In pixels, upright; of a video null until a worker has decoded it."""
     height: int | None
+    """As `width`."""
     frames: int | None
+    """As `width`; 1 for a picture."""
     expires_at: float
+    """When they go unless they are used before, in Unix seconds."""
 
 
 @router.post(

@@ -145,7 +145,14 @@ def media_path(media_id: str) -> str:
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)  # JSON has neither
+    """The strings below the fields are what the OpenAPI document says of them."""
+
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        allow_inf_nan=False,  # JSON has neither
+        use_attribute_docstrings=True,
+    )
 
 
 class Told(Frozen):
@@ -209,24 +216,35 @@ class PrismOptions(Frozen):
     """Tuning of `prism`: the salient part of the budget, and the candidate pool's size over K_div."""
 
     salient_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """The salient part of the budget."""
     pool_factor: Annotated[float, Field(ge=1, le=64)] = 4
+    """Candidates that the diverse part is chosen from, as a multiple of that part."""
 
 
 class FrameSampling(Frozen):
     """`num_frames` evenly spaced frames of the stretch from `start_s` to `end_s` (None: the end)."""
 
     num_frames: Annotated[int, Field(ge=1, le=64)] = 8
+    """Frames to look at."""
     start_s: Annotated[float, Field(ge=0)] = 0
+    """Where the stretch begins, in seconds."""
     end_s: Annotated[float | None, Field(gt=0)] = None
+    """Where it ends, in seconds; null is the video's end."""
 
 
 class Generation(Frozen):
     max_new_tokens: Annotated[int, Field(ge=1, le=1024)] = 64
+    """The answer's length at most, in tokens."""
     temperature: Annotated[float, Field(ge=0, le=2)] = 0
+    """0 takes the likeliest token each time; above, tokens are drawn, the more freely the higher it is."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1
+    """Draws from the likeliest tokens that have this probability together."""
     seed: int | None = None
+    """Makes draws repeatable."""
     stop: tuple[str, ...] = ()
+    """Texts at which the answer ends; they are not part of it."""
     system: str | None = None
+    """A system prompt before the media."""
 
 
 class TraceContext(Frozen):
@@ -266,63 +284,113 @@ class AnswerJob(Frozen):
 
 
 class PromptTokensDetails(Frozen):
+    """What the prompt's tokens are, or where they came from."""
+
     image_tokens: int
+    """Visual tokens of pictures, newlines included."""
     video_tokens: int
+    """Visual tokens of a video."""
     cached_tokens: int = 0
+    """Prompt tokens whose encoding was at hand from an earlier question."""
 
 
 class Usage(Frozen):
+    """Tokens of one question, counted as OpenAI's clients read them."""
+
     prompt_tokens: int
+    """Text and kept visual tokens before the answer."""
     completion_tokens: int
+    """Tokens of the answer, without the one that ends it."""
     total_tokens: int
+    """Both together."""
     prompt_tokens_details: PromptTokensDetails
 
 
 class VisualTokens(Frozen):
+    """Visual tokens of the whole request, summed over pictures, crops and frames."""
+
     original: int
+    """What the vision tower made of the media."""
     kept: int
+    """What the language model saw."""
     salient: int | None
+    """Kept for their attention; null where the method does not tell, or nothing was pruned."""
     diverse: int | None
+    """Kept for being unlike the others; null as `salient`."""
     budget: int | None
+    """The budget that held, in tokens, a `keep_ratio` too; null for all."""
     method: str
+    """The method that chose, or `none` where nothing was pruned."""
     newlines: int = 0
+    """Layout tokens beside `kept`, outside the budget."""
 
 
 class Timings(Frozen):
+    """Milliseconds of each stage. One shared with other requests has its whole time in each."""
+
     queue_ms: float
+    """Waiting: for a worker, and there for its turn."""
     decode_ms: float
+    """From the stored file to pixels."""
     preprocess_ms: float
+    """Resizing and normalizing them, and writing the prompt."""
     vision_ms: float
+    """The vision tower; 0 where its result was at hand."""
     select_ms: float
+    """Choosing the tokens that stay."""
     prefill_ms: float
+    """The language model over the prompt, to the first token."""
     generate_ms: float
+    """The other tokens of the answer."""
     total_ms: float
+    """From acceptance to the result."""
     time_to_first_token_ms: float
+    """From acceptance to the answer's first token."""
 
 
 class Memory(Frozen):
+    """What the request took of the device's memory."""
+
     device: str
+    """What the model runs on: `cpu`, `cuda:0`."""
     peak_bytes: int
+    """The most memory allocated on the device while the request was at work; on a CPU resident memory."""
     shared_with: int
+    """Other requests that were at work at the same time, and in the same memory."""
     kv_cache_bytes: int
+    """Keys and values of this request alone, at its end."""
 
 
 class TokenMapPart(Frozen):
+    """Which tokens of one picture, crop or frame were kept, as indices into `grid`, row by row."""
+
     media: int
+    """Which of the request's media, from 0."""
     crop: int | None
+    """Which crop of the picture; null for the whole."""
     frame: int | None
+    """Which of the sampled frames; null for a picture."""
     time_s: float | None
+    """Where the frame is in the video, in seconds."""
     grid: tuple[int, int]
+    """Rows and columns of tokens."""
     box: tuple[int, int, int, int]
+    """What the grid covers: left, top, right and bottom in pixels of the upright original."""
     salient: tuple[int, ...] | None
+    """Kept for their attention."""
     diverse: tuple[int, ...] | None
+    """Kept for being unlike the others."""
     kept: tuple[int, ...] | None = None
     """Only where the method does not tell salient from diverse."""
 
 
 class AnswerItem(Frozen):
+    """The answer to one of several questions."""
+
     answer: str
+    """The answer's text."""
     finish_reason: str
+    """`stop` at its end or at a text of `stop`, `length` at `max_new_tokens`."""
     usage: Usage
 
 
@@ -330,16 +398,24 @@ class AnswerResult(Frozen):
     """The body of a successful `POST /v1/answer`; fields that are None and optional are not in the JSON."""
 
     id: str
+    """The job's, for `GET /v1/jobs/{id}`."""
     model: str
+    """The model that answered."""
     answer: str | None = None
+    """The answer's text, where `question` was sent."""
     finish_reason: str | None = None
+    """`stop` at its end or at a text of `stop`, `length` at `max_new_tokens`."""
     usage: Usage | None = None
+    """Tokens of the prompt and of the answer."""
     answers: tuple[AnswerItem, ...] | None = None
+    """One for each of `questions`, in their order, in place of the three fields above."""
     visual_tokens: VisualTokens
     timings: Timings
     memory: Memory
     warnings: tuple[str, ...] = ()
+    """What a caller may not expect, such as a budget that prunes nothing."""
     token_map: tuple[TokenMapPart, ...] | None = None
+    """With `include: ["token_map"]`: which tokens were kept, an entry for each picture, crop or frame."""
 
 
 class JobEvent(Frozen):

@@ -337,8 +337,10 @@ class Engine(Generic[M]):
         """What the session makes of the requests' media, as it will be, and when."""
         session, requests = self._session, [ticket.request for ticket in batch]
         encoded: Future[tuple[Sequence[Any], float]] = Future()
+        threads = torch.get_num_threads()
 
         def encode() -> None:
+            torch.set_num_threads(threads)  # else of lanes, if any are under way just now
             try:
                 with torch.cuda.stream(self._beside):
                     encoded.set_result((session.encode(requests), time.monotonic()))
@@ -422,11 +424,12 @@ class Engine(Generic[M]):
         self._ready += waiting
         if not joining:
             return None
+        work = [each.joining(count) for each in joining]  # before their prefill, which is their own time
         try:
             self._session.join([each.request for each in joining])
         except Exception as error:  # noqa: BLE001 - as in `_taken_in`
             return [each.ticket for each in joining], _kept(error)
-        self._working += [each.joining(count) for each in joining]
+        self._working += work
         self._on_batch(len(self._working))
         return None
 

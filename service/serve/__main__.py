@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import os
 import signal
@@ -16,9 +17,6 @@ from service.serve.settings import ServeSettings
 from service.serve.stack import bring_up, say
 from service.serve.tree import ProcessTree
 from worker.contract import complaints
-
-WITH_PARENT = "--end-with-parent"
-"""`make serve` passes it, so that killing `make` is enough."""
 
 
 async def serve(settings: ServeSettings, *, with_parent: bool) -> None:
@@ -50,15 +48,28 @@ async def _end_with_parent(tree: ProcessTree) -> None:
     tree.interrupt()
 
 
+def _end_with_parent_asked() -> bool:
+    parser = argparse.ArgumentParser(
+        prog="python -m service.serve",
+        description="Runs broker, worker and front end until Ctrl-C, as `make serve` does.",
+        epilog="Settings are environment variables, such as PRISM_PORT and PRISM_MODEL: docs/settings.md.",
+    )
+    parser.add_argument(
+        "--end-with-parent", action="store_true", help="stop when whoever started it is gone, as make may be"
+    )
+    return bool(parser.parse_args().end_with_parent)
+
+
 def main() -> int:
     """Serves until told to stop; returns the exit code."""
+    with_parent = _end_with_parent_asked()
     try:
         settings = ServeSettings()
         if not may_listen(settings, settings.host):
             raise UnguardedError(WHY_NOT)
         with claim(settings.data_dir):
             require_free_port(settings.host, settings.port)
-            asyncio.run(serve(settings, with_parent=WITH_PARENT in sys.argv[1:]))
+            asyncio.run(serve(settings, with_parent=with_parent))
     except ValidationError as error:
         for complaint in complaints(error):
             say(complaint)

@@ -190,6 +190,7 @@ def _welcome(settings: ServeSettings, seconds: float) -> str:
     key = ' -H "Authorization: Bearer $KEY"' if settings.key_lines else ""
     return f"""
 Ready after {seconds:.0f} s: {base}
+  Playground        {base}/
   API and examples  {base}/docs
   Metrics           {base}/metrics
   Logs              {settings.data_dir / "logs"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import threading
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from service.app import create_app
 from service.keys import new_key
 from tests.service.conftest import listening_in_a_thread
 
@@ -49,6 +51,56 @@ def beating(worker: StandInWorker) -> Iterator[None]:
     finally:
         over.set()
         thread.join()
+
+
+DESCRIBED = (
+    "AnswerItem",
+    "AnswerRequest",
+    "AnswerResult",
+    "FrameSampling",
+    "JobView",
+    "Memory",
+    "PrismOptions",
+    "ProblemDetails",
+    "PromptTokensDetails",
+    "StoredMedia",
+    "Timings",
+    "TokenMapPart",
+    "Usage",
+    "VisualTokens",
+)
+
+
+def test_every_field_of_a_question_and_its_answer_is_described(make_settings: MakeSettings) -> None:
+    """By words of its own, or by those of the model that it refers to."""
+    schemas = create_app(make_settings()).openapi()["components"]["schemas"]
+
+    def described(field: dict[str, str]) -> bool:
+        return bool(field.get("description") or schemas[field["$ref"].rpartition("/")[2]].get("description"))
+
+    for model in DESCRIBED:
+        bare = [name for name, field in schemas[model]["properties"].items() if not described(field)]
+        assert not bare, (model, bare)
+
+
+def test_times_and_sizes_have_their_units(make_settings: MakeSettings) -> None:
+    """Milliseconds, Unix seconds, and seconds, in the words beside the fields."""
+    schemas = create_app(make_settings()).openapi()["components"]["schemas"]
+    assert "Milliseconds" in schemas["Timings"]["description"]
+    for name in ("created_at", "started_at", "finished_at"):
+        assert "Unix seconds" in schemas["JobView"]["properties"][name]["description"]
+    for name in ("timeout_s", "deadline_s"):
+        assert "seconds" in schemas["AnswerRequest"]["properties"][name]["description"]
+
+
+def test_no_route_promises_an_error_that_is_never_sent(make_settings: MakeSettings) -> None:
+    """FastAPI's own 422: where parameters are refused it is with a problem, and any text is an id."""
+    document = create_app(make_settings()).openapi()
+    assert "HTTPValidationError" not in json.dumps(document)
+    for path in ("/v1/jobs/{job_id}", "/v1/models/{model}"):
+        for operation in document["paths"][path].values():
+            assert "422" not in operation["responses"]
+    assert "422" in document["paths"]["/v1/answer"]["post"]["responses"]
 
 
 def test_the_service_is_what_its_document_says(

@@ -191,6 +191,25 @@ def test_who_is_gone_when_a_batch_fails_is_not_tried_again() -> None:
     assert model.batches == [["held"], ["for ever", "raise in the end"], ["raise in the end"]]
 
 
+def test_a_prefill_is_no_time_in_the_line() -> None:
+    """Nor is that of those before; the wait for room is."""
+    model = Scripted()
+    model.tokens_each = 60
+    with engine(model, max_tokens=100) as running:
+        before = hold(model, running)
+        entered = time.monotonic()
+        time.sleep(0.05)
+        endless, waiting = ask(running, "for ever"), ask(running, "waits")
+        model.gate.set()
+        assert before.answered().began <= entered
+        while len(model.batches) < 2:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        until = time.monotonic()
+        endless.cancel()
+        assert waiting.answered().began >= until
+
+
 def test_neighbors_are_counted() -> None:
     """Three that join together: each had two beside it."""
     model = Scripted()
