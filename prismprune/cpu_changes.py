@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import repeat
+from operator import contains, itemgetter
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -33,17 +35,27 @@ def changed_class(original: Any, change: Any) -> Any:
     return type(original.__name__, (change, original), {})
 
 
+def called_otherwise(module: nn.Module) -> bool:
+    """Whether a call of it is more than its class's `forward`: it has hooks, or a `forward` of its own."""
+    hooks = module._forward_hooks or module._forward_pre_hooks  # noqa: SLF001 (no public name)
+    return bool(hooks) or "forward" in module.__dict__
+
+
+_parts, _training = itemgetter("_modules"), itemgetter("training")
+
+
 class Untouched:
-    """Modules, and whether they are as they were: none watched, trained, or in the place of another."""
+    """Modules, and whether they are as they were: none watched, trained, or in the place of another.
+
+    Nor is any added or taken away, or has a `forward` of its own. A decoding step asks this of hundreds,
+    which are in no cache by then: no loop here is one of Python's.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         every = list(modules)
-        self._parents = [module for module in every if module._modules]  # noqa: SLF001 (no public name)
-        self._places = [
-            (parent._modules, name, module)  # noqa: SLF001
-            for parent in self._parents
-            for name, module in parent._modules.items()  # noqa: SLF001
-        ]
+        self._own = [module.__dict__ for module in every]
+        self._parents = [own for own in self._own if own["_modules"]]
+        self._places = [dict(parts) for parts in map(_parts, self._parents)]
         self._hooks = [
             hooks
             for module in every
@@ -54,6 +66,7 @@ class Untouched:
         return not (
             _has_any_global_hook()
             or any(self._hooks)
-            or any(places[name] is not module for places, name, module in self._places)
-            or any(parent.training for parent in self._parents)
+            or any(map(contains, self._own, repeat("forward")))
+            or [*map(_parts, self._parents)] != self._places
+            or any(map(_training, self._parents))
         )

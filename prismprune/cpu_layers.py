@@ -21,11 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import cat, nn
 from torch.nn.functional import silu
+from torch.nn.modules.module import _has_any_global_hook
 from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from prismprune.cpu_attention import CpuAttention
-from prismprune.cpu_changes import Changed, Untouched, changed_class
+from prismprune.cpu_changes import Changed, Untouched, called_otherwise, changed_class
 from prismprune.cpu_products import Copies, CpuLinear, available, formats
 from prismprune.cpu_towers import change_activation, change_tower_attention, fuse, fusible_layers
 
@@ -76,8 +77,8 @@ def _normed(values: Tensor, weight: Tensor, epsilon: Tensor) -> Tensor:
 class _Joined(Changed):
     """A transformers module some of whose layers have their copies in common.
 
-    It is what it was where these cannot be used: with gradients, in training, with hooks on a layer, or
-    another module in the place of one.
+    It is what it was where these cannot be used: with gradients, in training, with hooks on a layer or on all
+    modules, and where a layer has a `forward` of its own or another module is in its place.
     """
 
     joins: tuple[str, ...]
@@ -85,11 +86,10 @@ class _Joined(Changed):
 
     def products(self, values: Tensor) -> Tensor | None:
         """Of the layers that it joins, side by side: [..., outputs]. None: multiply as ever."""
-        if self.training or self.copies is None:
+        if self.training or self.copies is None or _has_any_global_hook():
             return None
         for name, layer in zip(self.joins, self.copies.layers, strict=True):
-            hooks = layer._forward_hooks or layer._forward_pre_hooks  # noqa: SLF001 (no public name)
-            if hooks or self._modules[name] is not layer:
+            if self._modules[name] is not layer or called_otherwise(layer):
                 return None
         return self.copies.product(values)
 
@@ -257,12 +257,14 @@ class Stack:
     began: called whenever one of them begins; see `watch_layers`.
     """
 
-    def __init__(self, layers: Sequence[_Layer]) -> None:
+    def __init__(self, layers: nn.ModuleList) -> None:
+        own: list[Any] = list(layers)
+        self.layers = layers
         self.began: Callable[[], object] | None = None
-        self._attention: _Attention = layers[0].self_attn
-        self._parts = [_Parts(layer) for layer in layers]
+        self._attention: _Attention = own[0].self_attn
+        self._parts = [_Parts(layer) for layer in own]
         self._copies = [copies for parts in self._parts for copies in parts.copies]
-        self._untouched = Untouched(module for layer in layers for module in layer.modules())
+        self._untouched = Untouched(layers.modules())
         self._known = _Known()
         self._seen = False  # whether the last pass found every copy one of the weights that there are
 
@@ -282,7 +284,9 @@ class Stack:
         again would take a twentieth of a small model's step.
         """
         seen, self._seen = self._seen and step, False
-        if torch.is_grad_enabled() or not self._attention.sdpa or not self._untouched:
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if not self._attention.sdpa or not self._untouched:
             return False
         rows, prompts = values.shape[0] * values.shape[1], values.shape[0]
         self._seen = all(
@@ -470,6 +474,19 @@ def use_cpu_products(
     _change_others(model)
 
 
+def forget_copies(model: nn.Module) -> None:
+    """Have the copies of a model's weights made again from what these are at the next prompt.
+
+    Whoever changes weights through `.data`, as PEFT does to merge adapters, or in place those that were made
+    in inference mode, calls it afterwards: torch counts no such changes, and copies do not notice them.
+    """
+    for module in model.modules():
+        own = module.__dict__
+        for each in (own.get("copies"), *(own.get("fused") or ())):
+            if isinstance(each, Copies):
+                each.forget()
+
+
 def _change_others(model: nn.Module) -> None:
     """Norms, activations of towers, and layers as a whole."""
     modules = list(model.modules())
@@ -520,15 +537,16 @@ def _change_layers(layers: nn.ModuleList) -> None:
         for layer in changed
     )
     if changed and joined and all(len(layer.all_copies) == PRODUCTS for layer in changed):
-        stack = Stack(changed)
+        stack = Stack(layers)
         for layer in changed:
             layer.stack = stack
 
 
 def stack_of(layers: nn.ModuleList) -> Stack | None:
-    """That of these layers, if they have one."""
+    """That of these layers, if they have one: in this list, in which it sees what takes the place of one."""
     first: Any = layers[0] if len(layers) else None
-    return first.stack if isinstance(first, _Layer) else None
+    stack: Stack | None = first.stack if isinstance(first, _Layer) else None
+    return stack if stack is not None and stack.layers is layers else None
 
 
 def _groups(model: nn.Module, outside: Mapping[str, str]) -> Iterator[_Group]:

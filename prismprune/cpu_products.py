@@ -13,6 +13,7 @@ from __future__ import annotations
 import platform
 from functools import cache
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -31,7 +32,7 @@ MKL_ROWS = 16
 
 
 class CpuLinear(nn.Linear):
-    """`nn.Linear` with the same parameters; where gradients are wanted, or in other formats, just that."""
+    """`nn.Linear` with the same parameters; with gradients, autocast or other formats just that."""
 
     copies: Copies | None = None
 
@@ -41,6 +42,7 @@ class CpuLinear(nn.Linear):
         weight = self.weight
         if (
             torch.is_grad_enabled()
+            or torch.is_autocast_enabled("cpu")
             or not input.is_cpu
             or input.dtype is not weight.dtype
             or input.dtype not in formats()
@@ -59,7 +61,7 @@ class Copies:
     """Weights as the kernels like them, of one layer or of several that multiply the same values.
 
     Several stand one above the other, and their products [..., outputs] side by side. They are made again
-    when another weight takes the place of one.
+    when another weight takes the place of one, and serve nobody while one is no parameter of its layer.
 
     takes, gives: what they multiply is so many times the values, and so many times their product comes of it.
     activation: name and algorithm of one that torch has oneDNN compute of that; no copy in 16 bits can.
@@ -71,6 +73,7 @@ class Copies:
         "_bias",
         "_format",
         "_gives",
+        "_known",
         "_made_of",
         "_takes",
         "half",
@@ -96,7 +99,12 @@ class Copies:
         self._format = self.layers[0].weight.dtype
         biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
         self._bias = _times(_above(biases), self._gives) if biases else None
-        self._made_of = self._identities()
+        self._known = [ref(each) for each in self._parameters() or ()]
+        self._made_of: list[int] | None = self._identities()
+
+    def forget(self) -> None:
+        """Take them for copies of other weights, so that they are made again when they are needed."""
+        self._made_of = None
 
     def pack(self) -> None:
         """Keep one in oneDNN's order."""
@@ -108,16 +116,21 @@ class Copies:
         return self.half is not None
 
     def product(self, values: Tensor) -> Tensor | None:
-        """None where no copy serves: gradients are wanted, or another way is as fast for so many rows."""
+        """None where no copy serves: with gradients or autocast, or where another way is as fast."""
         # A decoding step of a small model comes here every ten microseconds: as little as possible is asked.
-        if torch.is_grad_enabled() or not self.fit(values):
+        if torch.is_grad_enabled() or not self.fit(values) or torch.is_autocast_enabled("cpu"):
             return None
         rows = values.numel() // (values.shape[-1] or 1)
         return self.multiplied(values, rows) if self.current() and self.serves(rows) else None
 
     def current(self) -> bool:
         """Whether they are copies of the weights that there are now, if need be made again."""
-        return self._made_of == self._identities() or self._made_again()
+        now = self._identities()
+        if now is None:
+            return False
+        # What is alive is at no other's address: a number is that of the weight that it was noted of.
+        same = now == self._made_of and all(known() is not None for known in self._known)
+        return same or self._made_again()
 
     def serves(self, rows: int) -> bool:
         """Whether a copy is the fastest way for so many rows."""
@@ -152,17 +165,31 @@ class Copies:
     def _weight(self) -> Tensor:
         return _times(_above([layer.weight.detach() for layer in self.layers]), self._gives / self._takes)
 
-    def _identities(self) -> list[int]:
+    def _parameters(self) -> list[nn.Parameter] | None:
+        """None where a layer computes its weight or its bias of others, as torch's pruning has it do."""
+        try:
+            every = [
+                layer._parameters[name]  # noqa: SLF001 (`parameters()` takes ten times as long)
+                for layer in self.layers
+                for name in ("weight", "bias")
+            ]
+        except KeyError:
+            return None
+        return [each for each in every if each is not None]
+
+    def _identities(self) -> list[int] | None:
         """Others after another tensor took a parameter's place, or one was changed in place.
 
-        Not after a change through `.data`, which torch does not count.
+        Not after changes that torch does not count: through `.data`, or of what was made in inference mode.
+        None without `_parameters`.
         """
+        parameters = self._parameters()
+        if parameters is None:
+            return None
         numbers = list[int]()
-        for layer in self.layers:
-            for each in layer._parameters.values():  # noqa: SLF001 (`parameters()` takes ten times as long)
-                if each is not None:
-                    version = 0 if each.is_inference() else each._version  # noqa: SLF001 (no public name)
-                    numbers += each.data_ptr(), version
+        for each in parameters:
+            version = 0 if each.is_inference() else each._version  # noqa: SLF001 (no public name)
+            numbers += id(each), each.data_ptr(), version
         return numbers
 
 

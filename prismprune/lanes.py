@@ -8,7 +8,7 @@ nobody (`benchmarks/lanes.py`).
 from __future__ import annotations
 
 import math
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextvars import copy_context
 from functools import cache
 from queue import Empty, SimpleQueue
@@ -34,7 +34,10 @@ def side_by_side(passes: Sequence[Pass[T]], device: torch.device, at_once: float
     calling thread alone what the passes have to know (gradients, autocast, dispatch modes such as
     `FlopCounterMode`), they run one after the other.
 
-    Raises what the first of them raised that did, once none is running.
+    Torch gives a thread that uses it for the first time the number of threads that was set last, in any
+    thread: one that begins while passes run keeps a lane's unless it sets its own (`torch.set_num_threads`).
+
+    Raises what the first of them raised that did, once none is running. Of the others nothing stays.
     """
     threads, done = torch.get_num_threads(), list[T]()
     alone = device.type != "cpu" or _bound_to_thread()
@@ -57,10 +60,10 @@ def _bound_to_thread() -> bool:
 
 
 def _in_lanes(passes: Sequence[Pass[T]], lanes: int, threads: int) -> list[T]:
-    waiting: SimpleQueue[tuple[Future[T], Pass[T]]] = SimpleQueue()
-    ends = [Future[T]() for _ in passes]
-    for one in zip(ends, passes, strict=True):
+    waiting: SimpleQueue[tuple[int, Pass[T]]] = SimpleQueue()
+    for one in enumerate(passes):
         waiting.put(one)
+    done, failed = dict[int, T](), dict[int, BaseException]()
     inference = torch.is_inference_mode_enabled()
 
     def lane() -> None:
@@ -68,19 +71,32 @@ def _in_lanes(passes: Sequence[Pass[T]], lanes: int, threads: int) -> list[T]:
         with torch.inference_mode() if inference else torch.no_grad():
             while True:
                 try:
-                    end, run = waiting.get_nowait()
+                    place, run = waiting.get_nowait()
                 except Empty:
                     return
                 try:
-                    end.set_result(run())
+                    done[place] = run()
                 except BaseException as error:  # noqa: BLE001 - the caller raises it
-                    end.set_exception(error)
+                    failed[place] = error
 
     try:
         wait([_pool(threads).submit(copy_context().run, lane) for _ in range(lanes)])
     finally:
         torch.set_num_threads(threads)  # MKL's number is that of the whole process
-    return [end.result() for end in ends]
+    if failed:
+        raise _first(failed)
+    return [done[place] for place in range(len(passes))]
+
+
+def _first(failed: dict[int, BaseException]) -> BaseException:
+    """Of these errors, which are no longer held.
+
+    Each holds the frames that it came through, and these `failed`: in such a circle a failed pass's tensors
+    would stay until Python looks for circles, where memory may be short already.
+    """
+    first = failed[min(failed)]
+    failed.clear()
+    return first
 
 
 @cache

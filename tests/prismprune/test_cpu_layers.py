@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
+from torch.nn.utils import prune
 from torch.profiler import profile
 from transformers import (
     LlamaConfig,
@@ -23,7 +24,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextMod
 
 from prismprune import cpu_products
 from prismprune.batches import roomy_cache
-from prismprune.cpu_layers import only_last_row, use_cpu_products
+from prismprune.cpu_layers import forget_copies, only_last_row, use_cpu_products
 from prismprune.cpu_products import FEW_ROWS, CpuLinear, available
 from tests.prismprune.test_cpu_products import EVERYTHING, FBGEMM, ONEDNN, halved, packed
 
@@ -240,6 +241,81 @@ def test_a_weight_that_16_bits_no_longer_hold_is_seen() -> None:
             each.layers[1].self_attn.v_proj.weight[0, 0] = 1 / 3
     with torch.inference_mode():
         assert_same(model, plain, 1, 1)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"])
+def test_a_weight_that_is_pruned_is_seen(name: str) -> None:
+    plain, joined = both()
+    for model in (plain, joined):
+        prune.l1_unstructured(model.layers[0].get_submodule(name), "weight", 0.7)
+    with torch.inference_mode():
+        assert_same(joined, plain, MANY, 1)
+
+
+def test_a_change_that_torch_does_not_count_is_seen_once_copies_are_forgotten() -> None:
+    plain, joined = both()
+    names = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+    with torch.inference_mode():
+        said(joined, 3, 1)
+    for model in (plain, joined):
+        for name in names:
+            model.layers[1].get_submodule(name).weight.data.mul_(1.5)
+    forget_copies(joined)
+    with torch.inference_mode():
+        assert_same(joined, plain, MANY, 1)
+
+
+def with_room_for_the_first_attention() -> tuple[Any, Any]:
+    """Attention of the first layer alone is joined, so that layers call their parts as modules."""
+    plain, _ = both()
+    model = copy.deepcopy(plain)
+    use_cpu_products(model, 2 * (64 + 32 + 32) * 64)
+    assert halved(model.layers[0].self_attn)
+    return plain, model
+
+
+def test_where_only_some_layers_are_joined_who_watches_all_modules_sees_these() -> None:
+    plain, joined = with_room_for_the_first_attention()
+    seen: list[str] = []
+    told = []
+    with torch.inference_mode():
+        for model in (plain, joined):
+            names = {module: name for name, module in model.named_modules()}
+            with register_module_forward_hook(lambda module, *_, names=names: seen.append(names[module])):
+                said(model, 4, 1)
+            told.append([*seen])
+            seen.clear()
+    assert told[1] == told[0]
+
+
+def test_where_only_some_layers_are_joined_a_forward_of_its_own_is_called() -> None:
+    plain, joined = with_room_for_the_first_attention()
+    for model in (plain, joined):
+        layer = model.layers[0].self_attn.v_proj
+        layer.forward = lambda values, own=layer.forward: -2 * own(values)
+    with torch.inference_mode():
+        assert_same(joined, plain, 4, 1)
+
+
+@pytest.mark.parametrize(
+    "part", ["mlp", "mlp.act_fn", "input_layernorm", "self_attn.o_proj", "self_attn.q_proj"]
+)
+def test_a_forward_of_its_own_is_called(part: str) -> None:
+    plain, joined = both()
+    with torch.inference_mode():
+        said(joined, MANY, 1)
+        for model in (plain, joined):
+            module = model.layers[1].get_submodule(part)
+            module.forward = lambda values, own=module.forward: -2 * own(values)
+        assert_same(joined, plain, MANY, 1)
+
+
+def test_under_autocast_formats_are_transformers() -> None:
+    plain, joined = both()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for own, wanted in zip(said(joined, MANY, 1), said(plain, MANY, 1), strict=True):
+            assert own.dtype is wanted.dtype
+            torch.testing.assert_close(own, wanted, rtol=5e-2, atol=1e-1)
 
 
 def test_a_layer_that_is_watched_or_replaced_is_called() -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.nn.utils import prune
 from torch.profiler import profile
 
 from prismprune import PrunedVLM, cpu_products
@@ -108,6 +109,51 @@ def test_weights_that_change_are_packed_again() -> None:
     assert_same(layer, plain, values)
     plain.weight = layer.weight = nn.Parameter(torch.randn(128, 16))
     assert_same(layer, plain, values)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_parameter_that_is_computed_of_another_has_no_copy(name: str, bias: bool) -> None:
+    """As long as it is: torch's pruning leaves the very same tensor there, under another name."""
+    if name == "bias" and not bias:
+        pytest.skip("there is none")
+    plain, layer = layers(16, 128, bias=bias, packed=True)
+    values = torch.randn(3, 16)
+    for each in (plain, layer):
+        prune.l1_unstructured(each, name, 0.7)
+    assert_same(layer, plain, values)
+    for each in (plain, layer):
+        prune.remove(each, name)
+    assert_same(layer, plain, values)
+    copies: Any = layer.copies
+    with torch.inference_mode():
+        assert copies.product(values) is not None
+
+
+def test_a_weight_at_the_address_of_one_before_is_another() -> None:
+    """Freed memory is given out again, and a new tensor's changes are counted from 0."""
+    plain, layer = layers(16, 128, bias=False, packed=True)
+    values, memory = torch.randn(3, 16), torch.randn(128, 16)
+    layer.weight = nn.Parameter(memory.view(128, 16), requires_grad=False)
+    plain.weight = nn.Parameter(memory.clone(), requires_grad=False)
+    assert_same(layer, plain, values)
+    for each in (plain, layer):
+        each.weight.data.neg_()  # of which torch knows nothing
+    layer.weight = nn.Parameter(memory.view(128, 16), requires_grad=False)
+    assert_same(layer, plain, values)
+
+
+def test_under_autocast_it_is_a_plain_layer() -> None:
+    """Of its format, bit for bit, whatever copies it has."""
+    plain = in_16_bits(64, 128)
+    values = torch.randn(3, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        wanted = plain(values)
+        assert wanted.dtype is torch.bfloat16
+        for room in (0, EVERYTHING):
+            model = nn.Sequential(copy.deepcopy(plain))
+            use_cpu_products(model, room)
+            torch.testing.assert_close(model(values), wanted, rtol=0, atol=0)
 
 
 def test_a_copy_has_weights_of_its_own() -> None:

@@ -134,6 +134,66 @@ def test_who_watches_sees_every_step(llava: Any, name: str) -> None:
     assert not is_left_to_the_model(steps, batch)
 
 
+class Doubled(nn.Module):
+    """What somebody may put in the place of a layer."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *args: Any, **given: Any) -> Any:
+        return 2 * self.layer(*args, **given)
+
+
+def is_wrapped(layers: nn.ModuleList) -> None:
+    layers[1] = Doubled(layers[1])
+
+
+def is_another(layers: nn.ModuleList) -> None:
+    layers[1] = copy.deepcopy(layers[1])
+
+
+def is_taken_away(layers: nn.ModuleList) -> None:
+    del layers[1]
+
+
+def is_added(layers: nn.ModuleList) -> None:
+    layers.append(Doubled(layers[0]))
+
+
+def is_put_before(layers: nn.ModuleList) -> None:
+    layers.insert(0, Doubled(layers[1]))
+
+
+@pytest.mark.parametrize("layer", [is_wrapped, is_another, is_taken_away, is_added, is_put_before])
+@torch.inference_mode()
+def test_layers_that_are_not_those_of_before_are_the_models(
+    llava: Any, layer: Callable[[nn.ModuleList], None]
+) -> None:
+    """Also where it is found out by the step: the prompt was that of the layers before."""
+    steps, batch = steps_of(llava), started(llava)
+    layer(llava.model.language_model.layers)
+    assert is_left_to_the_model(steps, batch)
+
+
+@torch.inference_mode()
+def test_steps_of_a_part_of_the_layers_are_the_models(llava: Any) -> None:
+    language_model = llava.model.language_model
+    language_model.layers = language_model.layers[:1]
+    assert CpuSteps.of(llava) is None
+
+
+@pytest.mark.parametrize("name", [*AROUND, "model.language_model.layers.1.mlp"])
+@torch.inference_mode()
+def test_a_forward_of_its_own_is_called(llava: Any, name: str) -> None:
+    """As that which `accelerate` and others give a module; without it steps are as before."""
+    steps, batch, module = steps_of(llava), started(llava), llava.get_submodule(name)
+    module.forward = module.forward
+    assert is_left_to_the_model(steps, batch)
+    del module.forward
+    assert not is_left_to_the_model(steps, batch)
+
+
 @pytest.mark.parametrize("watched", [False, True])
 @torch.inference_mode()
 def test_a_weight_that_changes_between_prompts_is_seen(llava: Any, *, watched: bool) -> None:
@@ -205,13 +265,15 @@ def test_another_head_answers(llava: Any) -> None:
     assert is_left_to_the_model(steps, batch)
 
 
-def test_gradients_and_training_are_the_models(llava: Any) -> None:
+def test_gradients_training_and_autocast_are_the_models(llava: Any) -> None:
     steps = steps_of(llava)
     with torch.inference_mode():
         batch = started(llava)
         llava.train()
         assert is_left_to_the_model(steps, batch)
         llava.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert is_left_to_the_model(steps, batch)
     batch = started(llava)
     assert is_left_to_the_model(steps, batch)
 

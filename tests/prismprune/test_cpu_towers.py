@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2
 from transformers.activations import GELUActivation
 
 from prismprune import cpu_attention, cpu_products
-from prismprune.cpu_layers import use_cpu_products
+from prismprune.cpu_layers import forget_copies, use_cpu_products
 from prismprune.cpu_products import available, formats
 from tests.prismprune.test_cpu_products import EVERYTHING, ONEDNN
 
@@ -178,6 +178,16 @@ def test_a_part_that_is_watched_is_called(tower: str, part: str) -> None:
     torch.testing.assert_close(*seen, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("part", ["fc1", "activation_fn", "fc2"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_forward_of_its_own_is_called(tower: str, part: str) -> None:
+    plain, changed = mlps(tower)
+    for mlp in (plain, changed):
+        module = mlp.get_submodule(part)
+        module.forward = lambda values, own=module.forward: -2 * own(values)
+    assert_same(changed, plain)
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_another_part_in_the_place_of_one_is_called(tower: str) -> None:
     plain, changed = mlps(tower)
@@ -194,6 +204,17 @@ def test_a_weight_that_changes_is_seen(tower: str, name: str) -> None:
     plain, changed = mlps(tower)
     for mlp in (plain, changed):
         mlp.get_parameter(name).mul_(1.5)
+    assert_same(changed, plain)
+    assert passes(changed) == (2, 0)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_change_that_torch_does_not_count_is_seen_once_copies_are_forgotten(tower: str) -> None:
+    plain, changed = mlps(tower)
+    for mlp in (plain, changed):
+        for layer in (mlp.fc1, mlp.fc2):
+            layer.weight.data.mul_(1.5)
+    forget_copies(changed)
     assert_same(changed, plain)
     assert passes(changed) == (2, 0)
 
