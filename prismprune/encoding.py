@@ -132,7 +132,6 @@ def encode(family: Family, requests: Sequence[EncodingRequest]) -> list[EncodedM
     return encode_pixels(family, requests, views, pixels, preprocess_ms=watch.lap_ms())
 
 
-@torch.inference_mode()
 def encode_pixels(
     family: Family,
     requests: Sequence[EncodingRequest],
@@ -141,14 +140,19 @@ def encode_pixels(
     *,
     preprocess_ms: float = 0.0,
 ) -> list[EncodedMedia]:
-    """`encode` from processed pixels, which took `preprocess_ms`; `views` are those of each request."""
+    """`encode` from processed pixels, which took `preprocess_ms`; `views` are those of each request.
+
+    Where gradients are on, they reach what projects and arranges the survivors, but never the tower: a
+    selection has none.
+    """
     watch = Stopwatch(family.model.device)
-    parts = _by_request(family, views, pixels)
-    _share_budgets(requests, parts)
-    _read(family, requests, parts)
-    vision = watch.lap()  # nothing waits for the tower before the selection is under way behind it
-    _select(family, requests, parts)
-    select = watch.lap()
+    with torch.no_grad():
+        parts = _by_request(family, views, pixels)
+        _share_budgets(requests, parts)
+        _read(family, requests, parts)
+        vision = watch.lap()  # nothing waits for the tower before the selection is under way behind it
+        _select(family, requests, parts)
+        select = watch.lap()
     visuals = _arrange(family, parts)
     vision_ms = watch.lap_ms() + vision.ms  # by now all is done: another stream may be the next to read it
     shared = Timings(preprocess_ms=preprocess_ms, vision_ms=vision_ms, select_ms=select.ms)

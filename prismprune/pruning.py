@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import warnings
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
-from weakref import WeakSet
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Cache, MaxLengthCriteria
+from transformers.generation import logits_process
 
 from prismprune.budget import TokenBudget
 from prismprune.encoding import EncodedMedia, EncodingRequest, encode_pixels
@@ -33,14 +35,26 @@ PIXELS = "pixel_values"
 """What the names of all arguments with media begin with."""
 CACHE, ASK = "past_key_values", "leave them out and give the whole conversation, its pixels too."
 """What is refused from turn to turn, and what to do in its place."""
+MARK = "pruned_prompts"
+"""Attribute of keys and values of pruned prompts: `_Prompts`. Their copies have it too."""
+OWN_POSITIONS = "position_ids count the tokens of the unpruned prompt; leave them out."
 IGNORED = -100
 """The label of what counts for no loss, in transformers."""
+COUNTING = (
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.PrefixConstrainedLogitsProcessor,
+)
+"""Processors of transformers for which it matters where the prompt ends."""
 
 
 def prune(
     model: Any,
     token_budget: Budget = None,
     *,
+    keep_ratio: float | None = None,
     method: str = "prism",
     layout: str | None = None,
     **method_options: Any,
@@ -54,14 +68,21 @@ def prune(
     Inputs are what the model's processor makes, with all placeholders. `generate` (also with beams, sampling,
     a streamer, in a pipeline) gives back sequences that begin with the caller's own prompts; `forward` gives
     the logits of the shorter sequence, padded at the same side, and `labels` are shortened with it. Both take
-    `token_budget` for one call. Without media they are as ever. Budget and `layout` as for `PrunedVLM`.
+    `token_budget` or `keep_ratio` for one call. Without media they are as ever, also behind the
+    `past_key_values` that `forward` gave back. Budget and `layout` as for `PrunedVLM`; `keep_ratio`, a share
+    in (0, 1], stands in place of a number of tokens.
 
-    Raises `UnknownModelError` for a family without an adapter, `InvalidOptionError` for a model that is
-    pruned already and for options out of their range, `InvalidBudgetError`, `UnknownMethodError`.
+    A loss has gradients for the language model and for what projects the survivors, and none for the vision
+    tower (of Qwen2.5-VL, its merger too), which a selection cannot give: a warning says so, once, where
+    parameters of it ask for one. `model` may be wrapped by peft.
+
+    Raises `UnknownModelError` for a family without an adapter, `InvalidOptionError` for a model that does not
+    generate, one that is pruned already and for options out of their range, `InvalidBudgetError`,
+    `UnknownMethodError`.
     """
-    family = family_of(model.config.model_type)(model, None, layout)
-    request = EncodingRequest((), TokenBudget.parse(token_budget), method, method_options)
-    return Pruning(family, request)
+    budget, own = TokenBudget.parse(token_budget, keep_ratio=keep_ratio), _unwrapped(model)
+    family = family_of(own.config.model_type)(own, None, layout)
+    return Pruning(family, EncodingRequest((), budget, method, method_options))
 
 
 class Pruning:
@@ -72,7 +93,7 @@ class Pruning:
 
     def __init__(self, family: Family, request: EncodingRequest) -> None:
         self.encoded: tuple[EncodedMedia, ...] = ()
-        self._pruned_caches: WeakSet[Any] = WeakSet()
+        self._warned = False
         self._family = family
         self._request = request
         model = family.model
@@ -105,16 +126,12 @@ class Pruning:
         @functools.wraps(original)  # transformers reads the signature of `forward`
         def call(*args: Any, **inputs: Any) -> Any:
             given = _by_name(signature, args, inputs)
-            budget = given.pop("token_budget", None)
+            budget, ratio = given.pop("token_budget", None), given.pop("keep_ratio", None)
             if not any(given.get(name) is not None for name in given if name.startswith(PIXELS)):
-                if pruned == self._generate and given.get("past_key_values") in self._pruned_caches:
-                    raise InvalidOptionError(
-                        f"These {CACHE} are of a pruned prompt, shorter than its ids; {ASK}"
-                    )
-                return original(**given)
+                return original(**_behind_prompts(given, generates=pruned == self._generate))
             request = self._request
-            if budget is not None:
-                request = replace(request, budget=TokenBudget.parse(budget))
+            if budget is not None or ratio is not None:
+                request = replace(request, budget=TokenBudget.parse(budget, keep_ratio=ratio))
             return pruned(original, given, request)
 
         call.pruning = self  # type: ignore[attr-defined]
@@ -124,24 +141,25 @@ class Pruning:
         given["input_ids"] = (
             given.pop("inputs", None) if given.get("input_ids") is None else given["input_ids"]
         )
-        pruned, asked = self._pruned(given, request, pad_left=True), given["input_ids"]
-        output = original(**_relative(pruned, self._family.model.generation_config, asked.shape[1]))
-        for cache in (given.get("past_key_values"), getattr(output, "past_key_values", None)):
-            if cache is not None:
-                self._pruned_caches.add(cache)
-        sequences = output if torch.is_tensor(output) else output.sequences
-        new = sequences[:, pruned["input_ids"].shape[1] :]
-        prompts = asked.to(new.device).repeat_interleave(len(new) // len(asked), dim=0)
-        whole = torch.cat([prompts, new], dim=1)
+        with torch.no_grad():  # as in transformers
+            pruned, prompts = self._pruned(given, request, pad_left=True)
+        asked = prompts.asked.shape[1]
+        made = _relative(pruned, self._family.model.generation_config, asked)
+        output = original(**(made | _of_whole_prompts(made, prompts)))
+        prompts.mark(given.get(CACHE), getattr(output, CACHE, None))
         if torch.is_tensor(output):
-            return whole
-        output.sequences = whole
+            return prompts.whole(output)
+        output.sequences = prompts.whole(output.sequences)
         return output
 
     def _forward(self, original: Callable[..., Any], given: Inputs, request: EncodingRequest) -> Any:
-        return original(**self._pruned(given, request, pad_left=False))
+        pruned, prompts = self._pruned(given, request, pad_left=False)
+        output = original(**pruned)
+        returned = output if isinstance(output, tuple) else (getattr(output, CACHE, None),)
+        prompts.mark(given.get(CACHE), *returned)
+        return output
 
-    def _pruned(self, inputs: Inputs, request: EncodingRequest, *, pad_left: bool) -> Inputs:
+    def _pruned(self, inputs: Inputs, request: EncodingRequest, *, pad_left: bool) -> tuple[Inputs, _Prompts]:
         """The same call with encoded media in place of pixels, and a placeholder for each of their tokens."""
         if inputs.get("input_ids") is None:
             raise InvalidOptionError("Pruning needs input_ids, to know which row has which media.")
@@ -149,19 +167,42 @@ class Pruning:
         if cache is not None and cache.get_seq_length():
             raise InvalidOptionError(f"Media behind {CACHE} of earlier tokens are not pruned; {ASK}")
         if inputs.get("position_ids") is not None:
-            raise InvalidOptionError("position_ids count the tokens of the unpruned prompt; leave them out.")
+            raise InvalidOptionError(OWN_POSITIONS)
         family, ids, mask = self._family, inputs["input_ids"], inputs.get("attention_mask")
         own = {name: inputs[name] for name in family.media_inputs if inputs.get(name) is not None}
         media, pixels = family.processed(own)
         rows = _by_row(family, ids, media)
-        self.encoded = tuple(self._encode(request, media, pixels, rows))
-        visuals = [_trainable(one.visuals) for one in self.encoded]
+        encoded = self._encode(request, media, pixels, rows)
+        self.encoded = tuple(replace(one, visuals=tuple(map(_detached, one.visuals))) for one in encoded)
+        visuals = [one.visuals for one in encoded]
+        self._warn_of_untrained([visual for row in visuals for visual in row])
         shown = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         stays = [_collapsed(family, *row) for row in zip(ids, shown, rows, strict=True)]
-        left = pad_left or not bool(shown[:, 0].all())
+        left = pad_left or bool(shown[:, -1].all())  # what follows a row is to follow its last token
         rest = {name: value for name, value in inputs.items() if name not in family.media_inputs}
         features = family.visual_inputs([visual for row in visuals for visual in row])
-        return rest | self._columns(inputs, stays, visuals, left=left) | features
+        columns, following = self._columns(inputs, stays, visuals, left=left)
+        return rest | columns | features, _Prompts(ids, columns["attention_mask"], following)
+
+    def _warn_of_untrained(self, visuals: Sequence[Visual]) -> None:
+        """Once: parameters that ask for a gradient and will not get one."""
+        if self._warned or not torch.is_grad_enabled():
+            return
+        family = self._family
+        names = family.outside["vision"]
+        if not any(visual.features.requires_grad for visual in visuals):
+            names += family.outside["projector"]  # part of the tower, or asking for nothing
+        modules = {name: family.model.get_submodule(name) for name in names}
+        untrained = [
+            name for name, own in modules.items() if any(each.requires_grad for each in own.parameters())
+        ]
+        if untrained:
+            self._warned = True
+            warnings.warn(
+                f"No gradient reaches {', '.join(untrained)}: selecting tokens has none. Freeze it with "
+                "requires_grad_(False), or use torch.no_grad() where nothing is trained.",
+                stacklevel=2,
+            )
 
     def _encode(
         self,
@@ -183,9 +224,10 @@ class Pruning:
 
     def _columns(
         self, inputs: Inputs, stays: Sequence[Tensor], visuals: Sequence[Sequence[Visual]], *, left: bool
-    ) -> Inputs:
+    ) -> tuple[Inputs, Tensor | None]:
         """Ids, mask, labels and positions of the rows, filled with `visuals` and padded to one length.
 
+        Behind them the position [B] of the token after each row, if the model does not count by itself.
         stays: of each row, which of the caller's tokens [T] a template would have had.
         """
         family = self._family
@@ -205,15 +247,128 @@ class Pruning:
             labels = [row[own].cpu() for row, own in zip(inputs["labels"], stays, strict=True)]
             repeats = [family.repeats(row.cpu(), own) for row, own in zip(ids, visuals, strict=True)]
             made["labels"] = padded(list(map(torch.repeat_interleave, labels, repeats)), IGNORED)
-        if filled[0].position_ids is not None:
-            axes = [padded([prompt.positions[axis] for prompt in filled], 0) for axis in range(3)]
-            made["position_ids"] = torch.stack(axes)
-        return made
+        if filled[0].position_ids is None:
+            return made, None
+        axes = [padded([prompt.positions[axis] for prompt in filled], 0) for axis in range(3)]
+        made["position_ids"] = torch.stack(axes)
+        return made, torch.tensor([prompt.following for prompt in filled])
 
     @property
     def _pad_id(self) -> int:
         """Of what no row attends to: any id that is no placeholder."""
         return next(id_ for id_ in range(10) if id_ not in self._family.placeholder_ids.values())
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """The prompts of one call.
+
+    asked: [B, T], the caller's ids. mask: [B, P], of the pruned prompts. following: [B], the position of the
+    token after each; None: the model counts tokens by itself.
+    """
+
+    asked: Tensor
+    mask: Tensor
+    following: Tensor | None
+
+    def mark(self, *caches: Any) -> None:
+        """Remember that these keys and values, as far as they are any, are of these prompts."""
+        for cache in caches:
+            if isinstance(cache, Cache):
+                setattr(cache, MARK, self)
+
+    def whole(self, ids: Tensor) -> Tensor:
+        """Pruned prompts and new tokens [n * B, P + new] behind the caller's prompts: [n * B, T + new]."""
+        asked = self.asked.to(ids.device).repeat_interleave(len(ids) // len(self.asked), dim=0)
+        return torch.cat([asked, ids[:, self.mask.shape[1] :]], dim=1)
+
+    def continued(self, given: Inputs, cached: int) -> Inputs:
+        """`given` to `forward` behind `cached` tokens of each row, with mask and positions that fit them."""
+        new = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        if new is None:
+            return given  # transformers says what is missing
+        rows, length = new.shape[:2]
+        pruned, seen = self.mask.shape[1], given.get("attention_mask")
+        since = cached - pruned + length
+        if cached < pruned or rows % len(self.mask):
+            raise InvalidOptionError(f"These {CACHE} of a pruned prompt have been cut; {ASK}")
+        if seen is not None and seen.shape[1] - since not in (pruned, self.asked.shape[1]):
+            raise InvalidOptionError(
+                "attention_mask is of the whole prompt and all tokens behind it, or is None."
+            )
+
+        def each(values: Tensor) -> Tensor:
+            return values.to(new.device).repeat_interleave(rows // len(self.mask), dim=0)
+
+        behind = new.new_ones(rows, since, dtype=torch.long) if seen is None else seen[:, -since:].long()
+        made, mask = dict(given), each(self.mask)
+        if seen is not None or not bool(mask.all()):
+            made["attention_mask"] = torch.cat([mask, behind], dim=1)
+        if self.following is not None:
+            positions = each(self.following)[:, None] + behind.cumsum(1) - 1
+            made["position_ids"] = positions[:, -length:].expand(3, -1, -1)
+        return made
+
+
+def _behind_prompts(given: Inputs, *, generates: bool) -> Inputs:
+    """The arguments of a call without media, as they are behind keys and values of pruned prompts."""
+    cache = given.get(CACHE)
+    prompts: _Prompts | None = getattr(cache, MARK, None)
+    if cache is None or prompts is None:
+        return given
+    cached = int(cache.get_seq_length())
+    if not cached:  # emptied, for another prompt
+        delattr(cache, MARK)
+        return given
+    if generates:
+        raise InvalidOptionError(f"These {CACHE} are of a pruned prompt, shorter than its ids; {ASK}")
+    if given.get("position_ids") is not None:
+        raise InvalidOptionError(OWN_POSITIONS)
+    return prompts.continued(given, cached)
+
+
+def _of_whole_prompts(inputs: Inputs, prompts: _Prompts) -> Inputs:
+    """The caller's criteria, processors and prefix function in `inputs`, which get to see whole prompts."""
+    cut = prompts.asked.shape[1] - prompts.mask.shape[1]
+
+    def wrapped(own: Callable[..., Any]) -> Callable[..., Any]:
+        # A function, as transformers would ask an object's `__call__` for the names of its arguments.
+        def call(ids: Tensor, scores: Any, **options: Any) -> Any:
+            return own(prompts.whole(ids), scores, **options)
+
+        return call
+
+    def fitted(own: Any) -> Any:
+        if type(own) is MaxLengthCriteria:
+            return MaxLengthCriteria(own.max_length - cut, own.max_position_embeddings)
+        # Others of transformers keep their type, by which they replace what `generate` itself would add.
+        of_transformers = type(own).__module__.startswith("transformers.")
+        return own if of_transformers and not isinstance(own, COUNTING) else wrapped(own)
+
+    made: Inputs = {}
+    for name in ("logits_processor", "stopping_criteria"):
+        if inputs.get(name) is not None:
+            made[name] = type(inputs[name])(map(fitted, inputs[name]))
+    allowed = inputs.get("prefix_allowed_tokens_fn")
+    if allowed is not None:
+        pruned = prompts.mask.shape[1]
+
+        def prefixed(row: int, ids: Tensor) -> Any:
+            return allowed(row, torch.cat([prompts.asked[row].to(ids.device), ids[pruned:]]))
+
+        made["prefix_allowed_tokens_fn"] = prefixed
+    return made
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model that generates, out of one of peft's."""
+    own = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not (hasattr(own, "config") and hasattr(own, "generate")):
+        raise InvalidOptionError(
+            "prune takes a model that generates, as transformers' AutoModelForImageTextToText loads it (that "
+            f"of a PrunedVLM is its `model`), also wrapped by peft; this is a {type(own).__name__}."
+        )
+    return own
 
 
 def _by_name(signature: inspect.Signature, args: tuple[Any, ...], inputs: Inputs) -> Inputs:
@@ -233,13 +388,17 @@ def _relative(inputs: Inputs, configured: Any, prompt: int) -> Inputs:
         if made.get(own) is None and getattr(config, own) is None:
             length = length or getattr(config, f"{bound}_length")
             if length:
+                if length - prompt < least and bound == "max":  # as transformers says it
+                    raise ValueError(
+                        f"Input length of input_ids is {prompt}, but `max_length` is set to {length}."
+                    )
                 made[own] = max(least, length - prompt)
     return made
 
 
-def _trainable(visuals: Sequence[Visual]) -> list[Visual]:
-    """The same, but not of inference mode: a loss may follow."""
-    return [replace(visual, features=visual.features.clone()) for visual in visuals]
+def _detached(visual: Visual) -> Visual:
+    """The same without the graph of a loss, which would stay in memory with it."""
+    return replace(visual, features=visual.features.detach())
 
 
 def _by_row(family: Family, ids: Tensor, media: Sequence[Processed]) -> list[list[Processed]]:

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig, pipeline
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    GenerationConfig,
+    MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    StoppingCriteriaList,
+    pipeline,
+)
 
 import prismprune
+from prismprune.budget import TokenBudget
 from prismprune.errors import InvalidBudgetError, InvalidOptionError, UnknownMethodError
 from prismprune.vlm import PrunedVLM
 from tests.prismprune.families import CASES, CHECKPOINTS, MEDIA, Transformers, still
@@ -19,6 +31,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 QUESTION, LENGTH = "What is it?", 8
+# `test_pruning_training.py` has the warning for what is to be trained; here, nothing is.
+pytestmark = pytest.mark.filterwarnings("ignore:No gradient reaches")
 
 
 @pytest.fixture(scope="module")
@@ -322,10 +336,199 @@ def test_keys_and_values_of_a_pruned_prompt_are_refused_behind_its_ids(
                 model.generate(input_ids=turn, past_key_values=known, max_new_tokens=2)
             with pytest.raises(InvalidOptionError, match="past_key_values"):
                 model(**inputs, past_key_values=known)
-        pruned_pass = model(**inputs, use_cache=True)
-        assert model(input_ids=given, past_key_values=pruned_pass.past_key_values).logits.shape[1] == 1
+        with torch.no_grad():
+            known = model(**inputs, use_cache=True).past_key_values
+        for of_forward in (known, copy.deepcopy(known)):
+            with pytest.raises(InvalidOptionError, match="past_key_values"):
+                model.generate(input_ids=turn, past_key_values=of_forward, max_new_tokens=2)
+            assert model(input_ids=given, past_key_values=of_forward).logits.shape[1] == 1
+        with pytest.raises(InvalidOptionError, match="position_ids"):
+            model(input_ids=given, past_key_values=known, position_ids=given)
+        with pytest.raises(InvalidOptionError, match="attention_mask"):
+            model(input_ids=given, past_key_values=known, attention_mask=given)
+        known.crop(3 - known.get_seq_length())
+        with pytest.raises(InvalidOptionError, match="have been cut"):
+            model(input_ids=given, past_key_values=known)
         text = {"input_ids": given.expand(1, 3), "past_key_values": DynamicCache(), "max_new_tokens": 2}
         assert model.generate(**text).shape[1] > 3
+
+
+def decoded(model: Any, inputs: dict[str, Any], *, with_mask: bool) -> list[list[int]]:
+    """Greedy ids by a loop of one's own, the mask that of the caller's prompt and a one for each token."""
+    mask, new = inputs["attention_mask"], []
+    output = model(**inputs, use_cache=True)
+    for _ in range(LENGTH):
+        token = output.logits[:, -1:].argmax(-1)
+        new.append(token)
+        mask = torch.cat([mask, torch.ones_like(token)], 1)
+        own = {"attention_mask": mask} if with_mask else {}
+        output = model(input_ids=token, past_key_values=output.past_key_values, **own)
+    return torch.cat(new, 1).tolist()
+
+
+@pytest.mark.parametrize("with_mask", [True, False], ids=["with a mask", "without"])
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_loop_of_ones_own_goes_on_where_the_pruned_prompt_ends(
+    own: dict[str, Transformers], name: str, with_mask: bool
+) -> None:
+    """Position by position as `generate`; also for rows that are equally long until one of them is pruned."""
+    user = own[name]
+    inputs = user.inputs([still("large")], QUESTION)
+    text = torch.arange(20, 20 + inputs["input_ids"].shape[1])[None]
+    both = inputs | {
+        "input_ids": torch.cat([inputs["input_ids"], text]),
+        "attention_mask": torch.ones(2, text.shape[1], dtype=torch.long),
+    }
+    if "mm_token_type_ids" in both:
+        both["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, 0, 0, 1))
+    with pruned(user, 4), torch.no_grad():
+        for given in (inputs, both):
+            end = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "eos_token_id": None}
+            expected = user.model.generate(**given, **end, do_sample=False)[:, text.shape[1] :]
+            assert decoded(user.model, given, with_mask=with_mask) == expected.tolist()
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_a_loop_may_go_on_several_ways_from_each_prompt(own: dict[str, Transformers], name: str) -> None:
+    """A repeated cache is of each prompt as often; rows that belong to none are refused."""
+    user, given = own[name], torch.tensor([[9], [9]])
+    inputs = user.inputs([still("wide")], QUESTION)
+    with pruned(user, 4), torch.no_grad():
+        known = [user.model(**inputs, use_cache=True).past_key_values for _ in range(2)]
+        expected = user.model(input_ids=given[:1], past_key_values=known[0]).logits
+        known[1].batch_repeat_interleave(2)
+        found = user.model(input_ids=given, past_key_values=known[1]).logits
+        torch.testing.assert_close(found, expected.expand(2, -1, -1))
+        both = user.inputs([still("wide"), still("tall")], QUESTION)
+        ids = torch.cat([both["input_ids"], torch.full_like(both["input_ids"], 20)])
+        if "mm_token_type_ids" in both:
+            both["mm_token_type_ids"] = torch.nn.functional.pad(both["mm_token_type_ids"], (0, 0, 0, 1))
+        two = both | {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        cache = user.model(**two, use_cache=True).past_key_values
+        with pytest.raises(InvalidOptionError, match="past_key_values"):
+            user.model(input_ids=given[:1], past_key_values=cache)
+
+
+def test_an_emptied_cache_may_serve_another_prompt(llava: Transformers) -> None:
+    """It is of no pruned prompt any more."""
+    text = torch.tensor([[20, 21, 22]])
+    with pruned(llava, 4):
+        cache = llava.model(**llava.inputs([still("wide")], QUESTION), use_cache=True).past_key_values
+        cache.crop(-cache.get_seq_length())
+        output = llava.model.generate(text, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(output, llava.model.generate(text, max_new_tokens=3, do_sample=False))
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_criteria_and_processors_see_the_callers_prompt(llava: Transformers, beams: int) -> None:
+    """And what is new behind it, as without pruning: also functions that allow tokens, and beams."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    asked = inputs["input_ids"]
+    seen: list[torch.Tensor] = []
+
+    def stops(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        seen.append(ids)
+        return torch.full((len(ids),), ids.shape[1] == asked.shape[1] + 3)
+
+    def processes(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(ids)
+        return scores
+
+    def allows(row: int, ids: torch.Tensor) -> list[int]:
+        seen.append(ids[None])
+        return [9, 10 + ids.shape[0] - asked.shape[1]]
+
+    with pruned(llava, 4):
+        output = llava.model.generate(
+            **inputs,
+            max_new_tokens=6,
+            num_beams=beams,
+            do_sample=False,
+            stopping_criteria=StoppingCriteriaList([stops]),
+            logits_processor=[processes],
+            prefix_allowed_tokens_fn=allows,
+        )
+    assert output.shape[1] == asked.shape[1] + 3
+    assert all(torch.equal(row[: asked.shape[1]], asked[0]) for ids in seen for row in ids)
+    assert {ids.shape[1] - asked.shape[1] for ids in seen} == {0, 1, 2, 3}
+    assert set(output[0, asked.shape[1] :].tolist()) <= {9, 10, 11, 12}
+
+
+def test_transformers_own_criteria_and_processors_mean_what_they_say(llava: Transformers) -> None:
+    """Lengths count the caller's prompt, and what a user gives takes the place of what `generate` makes."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    length = inputs["input_ids"].shape[1]
+    options = {"max_new_tokens": 6, "do_sample": False}
+    with pruned(llava, 4):
+        output = llava.model.generate(
+            **inputs, **options, stopping_criteria=StoppingCriteriaList([MaxLengthCriteria(length + 2)])
+        )
+        assert output.shape[1] == length + 2
+        for own in (options, options | {"repetition_penalty": 9.0}):
+            ends = int(llava.model.generate(**inputs, **own)[0, length])
+            shorter = llava.model.generate(**inputs, **own, eos_token_id=ends, pad_token_id=0)
+            least = MinLengthLogitsProcessor(length + 3, ends)
+            longer = llava.model.generate(
+                **inputs, **own, eos_token_id=ends, pad_token_id=0, logits_processor=[least]
+            )
+            assert shorter.shape[1] == length + 1
+            assert longer.shape[1] > length + 3
+        penalized = llava.model.generate(
+            **inputs,
+            **options,
+            repetition_penalty=9.0,
+            logits_processor=[RepetitionPenaltyLogitsProcessor(1.0)],
+        )
+        assert torch.equal(penalized, llava.model.generate(**inputs, **options))
+
+
+def test_max_length_below_the_prompt_is_refused_as_without_pruning(llava: Transformers) -> None:
+    """The caller's prompt, which is longer than the pruned one."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    length = inputs["input_ids"].shape[1]
+    said = f"Input length of input_ids is {length}, but `max_length` is set to {length}"
+    with pytest.raises(ValueError, match=said):
+        llava.model.generate(**inputs, max_length=length)
+    with pruned(llava, 2), pytest.raises(ValueError, match=said):
+        llava.model.generate(**inputs, max_length=length)
+
+
+def test_a_share_may_stand_for_a_number_of_tokens(llava: Transformers) -> None:
+    """As an argument, as a `TokenBudget`, and for one call; not beside a number."""
+    inputs = llava.inputs([still("wide")], QUESTION)
+    shares: tuple[dict[str, Any], ...] = ({"keep_ratio": 0.5}, {"token_budget": TokenBudget(ratio=0.5)})
+    for share in shares:
+        with prismprune.prune(llava.model, **share) as pruning:
+            llava.answer(inputs, 1)
+            assert pruning.encoded[0].visual_tokens.kept == 8
+            llava.model.generate(**inputs, max_new_tokens=1, keep_ratio=0.25)
+            assert pruning.encoded[0].visual_tokens.kept == 4
+    with pytest.raises(InvalidBudgetError):
+        prismprune.prune(llava.model, 4, keep_ratio=0.5)
+
+
+def test_a_model_in_pefts_hands_is_pruned_inside_of_it(checkpoints: Callable[[str], Path]) -> None:
+    """Its adapters take part, answers and gradients come through it, and it is as before at the end."""
+    user = Transformers(checkpoints("llava"))
+    inputs = user.inputs([still("wide")], QUESTION)
+    with pruned(user, 4):
+        expected = user.answer(inputs, LENGTH)
+    layers = r".*language_model.*\.(q_proj|v_proj)"
+    adapted: Any = get_peft_model(user.model, LoraConfig(r=2, target_modules=layers))
+    with prismprune.prune(adapted, 4) as pruning:
+        output = adapted.generate(**inputs, max_new_tokens=LENGTH, do_sample=False)
+        adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert tuple(_until(output[0, inputs["input_ids"].shape[1] :].tolist(), 2)) == expected
+    assert pruning.encoded[0].visual_tokens.kept == 4
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in adapted.parameters())
+    assert not {"generate", "forward"} & vars(adapted.get_base_model()).keys()
+
+
+def test_what_does_not_generate_is_refused(checkpoints: Callable[[str], Path], llava: Transformers) -> None:
+    """The message says what works."""
+    for model in (AutoModel.from_pretrained(checkpoints("llava")), llava.model.lm_head, llava.processor):
+        with pytest.raises(InvalidOptionError, match="AutoModelForImageTextToText"):
+            prismprune.prune(model, 4)
 
 
 def test_what_cannot_be_pruned_is_said(llava: Transformers) -> None:
