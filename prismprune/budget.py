@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from prismprune.errors import InvalidBudgetError
@@ -34,8 +35,10 @@ class TokenBudget:
             if not (_is_int(self.tokens) and self.tokens >= 1):
                 raise InvalidBudgetError(f'A token budget is a whole number of at least 1, or "{ALL}".')
             object.__setattr__(self, "tokens", int(self.tokens))  # numpy's are whole numbers, too
-        if self.ratio is not None and not (_is_number(self.ratio) and 0 < self.ratio <= 1):
-            raise InvalidBudgetError("A keep ratio is a number above 0 and at most 1.")
+        if self.ratio is not None:
+            if not (_is_number(self.ratio) and 0 < self.ratio <= 1):
+                raise InvalidBudgetError("A keep ratio is a number above 0 and at most 1.")
+            object.__setattr__(self, "ratio", float(self.ratio))
 
     @classmethod
     def all(cls) -> TokenBudget:
@@ -87,7 +90,8 @@ def _tokens(value: int | str | None) -> int | None:
     if value == ALL:
         return None
     if value.isascii() and value.isdigit():
-        return int(value)
+        with suppress(ValueError):  # more digits than Python reads
+            return int(value)
     raise InvalidBudgetError(f'A token budget is a whole number of at least 1, or "{ALL}".')
 
 
@@ -96,4 +100,4 @@ def _is_int(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return _is_int(value) or isinstance(value, float)
+    return isinstance(value, Real) and not isinstance(value, bool)

@@ -56,8 +56,16 @@ class GenerationOptions:
         for name, value in (("max_new_tokens", self.max_new_tokens), ("seed", self.seed)):
             if value is not None:
                 object.__setattr__(self, name, int(value))  # numpy's are whole numbers, too
-        if self.system is not None and not isinstance(self.system, str):
-            raise InvalidOptionError("system is a text.")
+        for text in self.stop if self.system is None else (self.system, *self.stop):
+            check_text(text, "system and stop strings each")
+
+
+def check_text(value: object, what: str) -> None:
+    """Raise `InvalidOptionError` for what is no text, or has half a character, which no tokenizer takes."""
+    if not isinstance(value, str):
+        raise InvalidOptionError(f"{what} is a text.")
+    if any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise InvalidOptionError(f"{what} is a text without half a character (a lone surrogate).")
 
 
 def _is_whole(value: object) -> bool:

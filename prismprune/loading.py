@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoProcessor, BitsAndBytesConfig
 from transformers.utils.import_utils import is_bitsandbytes_available
 
@@ -18,6 +21,7 @@ from prismprune.hub import origin_of
 from prismprune.quantization import DTYPES, Quantization
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from prismprune.families.base import Family
@@ -25,6 +29,12 @@ if TYPE_CHECKING:
 DEMO = "prism-demo"
 PACKED_ROWS = 32
 """Of a weight matrix, which bitsandbytes interleaves for its fused product on a CPU."""
+NAMED_WEIGHTS = 3
+"""Of those that a checkpoint lacks."""
+TORN = "PytorchStreamReader failed"
+"""What torch says of such a file, in an error of no kind of its own."""
+PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+"""What a machine says that cannot read now: that is not the checkpoint's fault, and may go by."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (what is being done, steps done, steps in all)."""
@@ -59,10 +69,11 @@ def load_checkpoint(
     a `Quantization`, of the language model's layers only unless it says more. layout: how visual tokens are
     packed, one of the family's `layouts`; None: as transformers does. packed_bytes: how much copies of the
     weights as a CPU's kernels like them may take, for faster products; the copies do not notice weights that
-    are changed through `.data` later (see `cpu_products`).
+    are changed through `.data` later (call `cpu_layers.forget_copies(model)` then).
 
-    Raises `UnknownModelError` for a name that leads to no checkpoint or a family without an adapter,
-    `InvalidOptionError` for an option out of its range or one that this machine cannot do.
+    Raises `UnknownModelError` for a name that leads to no checkpoint, weights that are damaged or not all
+    there, or a family without an adapter, `InvalidOptionError` for an option out of its range or one that
+    this machine cannot do, `OSError` where reading fails for now.
     """
     name, quantized = str(name_or_path), Quantization.of(quantization)
     path = resolve(name, progress)
@@ -73,14 +84,22 @@ def load_checkpoint(
         family = family_of(config.model_type)
         layout = family.chosen_layout(layout)  # before gigabytes are loaded
         options = _load_options(where, dtype, quantized, family, config)
-        model = family.load(path, **origin, **options).eval()
+        model, found = family.load(path, **origin, **options, **_TELLING)
         processor = AutoProcessor.from_pretrained(path, **origin)
+    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and TORN not in str(error):
+            raise
+        raise UnknownModelError(f"The weights of {name!r} are damaged or cut short.") from error
     except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno in PASSING:
+            raise
         # transformers says at length where it looked; the cause keeps that for whoever runs this.
         raise UnknownModelError(
             f"No model could be loaded from {name!r}: it is neither {DEMO!r} nor a directory with a complete "
             "checkpoint, nor a hub id that can be reached from here or is in the hub's cache."
         ) from error
+    made = family(model.eval(), processor, layout)
+    _check_weights(name, made, found)
     if where.type == "cpu":
         use_cpu_products(model, packed_bytes, family.outside)
         if quantized is not None and quantized.kind == "nf4":
@@ -88,7 +107,7 @@ def load_checkpoint(
     end_ids = _end_ids(model.generation_config, processor.tokenizer)
     commit = getattr(origin["revision"], "resolved", revision)
     label = str(quantized) if quantized else None
-    return Loaded(name, family(model, processor, layout), end_ids, commit, label)
+    return Loaded(name, made, end_ids, commit, label)
 
 
 def resolve(name: str, progress: Progress | None = None) -> str:
@@ -98,6 +117,26 @@ def resolve(name: str, progress: Progress | None = None) -> str:
     from prismprune.demo import checkpoint  # noqa: PLC0415 (assembling it takes packages of their own)
 
     return str(checkpoint(progress))
+
+
+_TELLING = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+"""For `_check_weights`: transformers fills up at random what is missing, and fails on what does not fit."""
+
+
+def _check_weights(name: str, family: Family, found: Mapping[str, Any]) -> None:
+    """Raise `UnknownModelError` if weights that are read are missing or do not fit.
+
+    found: what transformers tells of its loading.
+    """
+    # Tied weights are their twins: those are on the list where they are missing themselves.
+    missing = found["missing_keys"] - family.model.all_tied_weights_keys.keys()
+    misfits = {weight for weight, *_ in found["mismatched_keys"]}
+    if broken := sorted(filter(family.reads, missing | misfits)):
+        more = len(broken) - NAMED_WEIGHTS
+        names = ", ".join(broken[:NAMED_WEIGHTS]) + (f" and {more} more" if more > 0 else "")
+        raise UnknownModelError(
+            f"{name!r} lacks weights, or has them in other shapes than its config says: {names}."
+        )
 
 
 def _device(name: str) -> torch.device:

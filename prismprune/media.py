@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -59,6 +60,10 @@ VIDEO_FORMATS = {
 """Media type to the one FFmpeg demuxer that may read it; none of them is a playlist."""
 
 
+def _is_number(value: object, kind: type = Real) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, slots=True)
 class MediaLimits:
     """What is refused with MediaTooLargeError. Times in seconds."""
@@ -88,6 +93,8 @@ class FrameSampling:
     The stretch from `start_s` to `end_s` (None or past the end: the end) is cut into `num_frames` equal
     segments; each gives the frame that is on screen at its middle. A video of just `num_frames` frames
     gives each of them once; a shorter one repeats frames, so there are always `num_frames`, in order.
+
+    Raises `InvalidOptionError` for what no video could satisfy.
     """
 
     num_frames: int = 8
@@ -95,12 +102,19 @@ class FrameSampling:
     end_s: float | None = None
 
     def __post_init__(self) -> None:
-        if self.num_frames < 1:
-            raise InvalidOptionError(f"num_frames must be at least 1, not {self.num_frames}.")
-        if not (math.isfinite(self.start_s) and self.start_s >= 0):
+        if not (_is_number(self.num_frames, Integral) and self.num_frames >= 1):
+            raise InvalidOptionError(
+                f"num_frames must be a whole number of at least 1, not {self.num_frames}."
+            )
+        if not (_is_number(self.start_s) and math.isfinite(self.start_s) and self.start_s >= 0):
             raise InvalidOptionError(f"start_s must be at least 0, not {self.start_s}.")
-        if self.end_s is not None and not self.end_s > self.start_s:
+        if self.end_s is not None and not (_is_number(self.end_s) and self.end_s > self.start_s):
             raise InvalidOptionError(f"end_s ({self.end_s}) must be after start_s ({self.start_s}).")
+        # numpy's numbers are numbers, too, but no JSON, in which the decoder is told of them.
+        object.__setattr__(self, "num_frames", int(self.num_frames))
+        object.__setattr__(self, "start_s", float(self.start_s))
+        if self.end_s is not None:
+            object.__setattr__(self, "end_s", float(self.end_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +136,8 @@ class Clip:
 
     `size` is width and height of the upright original; the frames may be smaller, with its aspect.
     `total_frames` is how many frames the file shows, sampled or not; None for a clip that is no file.
+
+    Raises `InvalidOptionError` for no frames, or not a time for each.
     """
 
     frames: tuple[Image.Image, ...]
@@ -129,6 +145,10 @@ class Clip:
     size: tuple[int, int]
     decode_ms: float = 0.0
     total_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.frames or len(self.frames) != len(self.times_s):
+            raise InvalidOptionError("A clip has at least one frame, and a time for each.")
 
 
 DEFAULT_LIMITS = MediaLimits()
@@ -236,12 +256,27 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):  # Pillow's own conversion would clip 16-bit grey, or 0 to 1
+        image = Image.fromarray(_eight_bits(np.asarray(image), is_16_bit=image.mode.startswith("I;16")))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
     return image.convert("RGB")
+
+
+def _eight_bits(grey: np.ndarray[Any, Any], *, is_16_bit: bool) -> np.ndarray[Any, Any]:
+    """Grey of 16 or 32 bits as 0 to 255; what is no finite number is black.
+
+    Which range 32 bits hold their values tell: 0 to 1 (floats), 0 to 65535 (integers), or 0 to 255.
+    """
+    if grey.dtype.kind == "f":
+        grey = np.where(np.isfinite(grey), grey, 0.0)
+        if grey.min() >= 0 and grey.max() <= 1:
+            grey = grey * 255
+        grey = grey.round()
+    elif is_16_bit or grey.max() > 255:
+        grey = grey >> 8
+    return grey.clip(0, 255).astype(np.uint8)
 
 
 # Videos --------------------------------------------------------------------------------------------------

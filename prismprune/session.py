@@ -10,7 +10,7 @@ from prismprune.budget import TokenBudget
 from prismprune.decoding import Decoder, Running
 from prismprune.encoding import EncodedMedia, EncodingRequest, encode
 from prismprune.errors import InvalidOptionError
-from prismprune.generation import GenerationOptions
+from prismprune.generation import GenerationOptions, check_text
 from prismprune.meters import PeakMemory, Stopwatch
 from prismprune.results import Answer, Memory, Timings
 
@@ -319,10 +319,7 @@ def check_questions(questions: Sequence[str]) -> None:
     if isinstance(questions, str):  # a sequence, too, of its letters
         raise InvalidOptionError("Questions are a tuple of texts, not a text.")
     for text in questions:
-        if not isinstance(text, str):
-            raise InvalidOptionError("A question is a text.")
-        if any("\ud800" <= letter <= "\udfff" for letter in text):  # no tokenizer takes half a character
-            raise InvalidOptionError("A question has half a character in it (a lone surrogate).")
+        check_text(text, "A question")
 
 
 def _timings(encoded: Timings, outcome: Generated, prompts_ms: float) -> Timings:

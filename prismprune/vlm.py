@@ -20,7 +20,7 @@ from prismprune.media import Clip, Picture, as_picture, open_media
 from prismprune.meters import memory_bytes
 from prismprune.replay import GraphBytes, granted, replay_of, tower_replay_of
 from prismprune.results import Answer
-from prismprune.session import Asked, Session, VisualRequest
+from prismprune.session import Asked, Session, VisualRequest, check_questions
 
 if TYPE_CHECKING:
     import torch
@@ -233,6 +233,7 @@ class PrunedVLM:
         should_stop: ShouldStop | None = None,
     ) -> list[Answer]:
         """Answer questions about media that were encoded before; the timings are those of then and now."""
+        check_questions(questions)  # a text is no tuple of its letters
         session = self.session()
         request = session.prepare(Asked(encoded, tuple(questions), generation or GenerationOptions()))
         session.join([request])

@@ -12,20 +12,24 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from PIL import Image
 
-from prismprune.errors import InvalidOptionError, UnknownModelError
+from prismprune.errors import InvalidOptionError, UnknownModelError, UnsupportedMediaError
 from prismprune.generation import Prompt
+from prismprune.media import Clip
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from torch import Tensor
 
-    from prismprune.media import Clip, Picture
+    from prismprune.media import Picture
     from prismprune.replay import TowerReplay
 
     Wanted = Callable[[int, Tensor], Tensor | None]
     """A view's row and its attention [H, N] to the raster indices [M] of patches; None: all."""
 
+MOST_STRETCHED = 200
+"""Longer side to shorter one, of what a processor that keeps the aspect gets: it enlarges a pixel's width to
+that of the tower, all along the other side. Qwen2.5-VL's refuses more by itself."""
 UNSEEN = Image.new("RGB", (1, 1))
 """The picture of a view of which only processed pixels are at hand."""
 Box = tuple[int, int, int, int]
@@ -223,7 +227,11 @@ class Family(ABC):
     @staticmethod
     @abstractmethod
     def load(path: str, **options: Any) -> Any:
-        """Load the family's model with transformers; `options` are those of its `from_pretrained`."""
+        """What the `from_pretrained` of the family's transformers class gives for these `options`."""
+
+    def reads(self, _weight: str) -> bool:
+        """Whether the weight of that full name has a say in anything; of those, none may be missing."""
+        return True
 
     @staticmethod
     @abstractmethod
@@ -329,3 +337,11 @@ class Family(ABC):
         for token in special | marks:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
+
+
+def check_stretch(medium: Picture | Clip) -> None:
+    """Raise `UnsupportedMediaError` for what is stretched beyond `MOST_STRETCHED`."""
+    # A clip's frames may be smaller than the original, and their sides are whole pixels.
+    shown = medium.frames[0] if isinstance(medium, Clip) else medium.image
+    if max(shown.size) > MOST_STRETCHED * min(shown.size):
+        raise UnsupportedMediaError(f"One side is more than {MOST_STRETCHED} times the other.")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from PIL import Image
@@ -13,7 +14,18 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prismprune.attention import BlockReading, read_block
 from prismprune.errors import UnknownModelError
-from prismprune.families.base import UNSEEN, Box, Family, Modality, Pixels, Processed, Reading, View, Visual
+from prismprune.families.base import (
+    UNSEEN,
+    Box,
+    Family,
+    Modality,
+    Pixels,
+    Processed,
+    Reading,
+    View,
+    Visual,
+    check_stretch,
+)
 from prismprune.lanes import side_by_side
 from prismprune.last_block import can_stop_within, read_wanted
 from prismprune.media import Clip
@@ -29,12 +41,17 @@ if TYPE_CHECKING:
 
 CLS_TOWERS = ("clip_vision_model", "dinov2")
 """Towers whose first token is CLS and whose others are all patches."""
+UNREAD = ("post_layernorm.", "layernorm.", "embeddings.mask_token")
+"""Weights of such a tower, outside its blocks, that no patch's token depends on."""
+VIEWS_PER_CALL = 8
+"""Of the processor: it resizes all before it crops any, to 60 MB each where they are stretched the most."""
 VIEWS_PER_PASS = 64
 """Views that an accelerator's tower takes at once; more only add memory for activations."""
 VIEWS_PER_CPU_PASS = 1
 """One fills a CPU, and its activations stay in the caches: eight at once took a tenth longer each."""
 
 Sizes = dict[str, dict[str, int]]
+T = TypeVar("T")
 
 
 class LlavaFamily(Family):
@@ -91,12 +108,30 @@ class LlavaFamily(Family):
     def prefix(self, _modality: Modality) -> int:
         return int(self.model.config.vision_feature_select_strategy == "full")
 
+    def reads(self, weight: str) -> bool:
+        """See `Family.reads`: a tower stops after the block whose output is used."""
+        tower = next((each for each in self.outside["vision"] if weight.startswith(f"{each}.")), None)
+        if tower is None:
+            return True
+        inner = weight.removeprefix(f"{tower}.")
+        block = re.match(r"encoder\.layers?\.(\d+)\.", inner)
+        return int(block[1]) <= self._block if block else not inner.startswith(UNREAD)
+
     def _tower(self, _modality: Modality) -> Any:
         return self.model.model.vision_tower
+
+    def _processor(self, _modality: Modality) -> Any:
+        return self.processor.image_processor
+
+    def _resize(self, medium: Picture | Clip) -> dict[str, int]:
+        """What the processor resizes it to, as `sizes_of` gives it."""
+        return sizes_of(self._processor("video" if isinstance(medium, Clip) else "image")).get("size", {})
 
     def views(self, media: Sequence[Picture | Clip]) -> list[View]:
         views: list[View] = []
         for place, item in enumerate(media):
+            if "shortest_edge" in self._resize(item):
+                check_stretch(item)
             if isinstance(item, Clip):
                 frames = enumerate(zip(item.frames, item.times_s, strict=True))
                 views += [
@@ -117,10 +152,13 @@ class LlavaFamily(Family):
         return pixels
 
     def _preprocess_at(self, edge: int | None, places: Sequence[int], views: Sequence[View]) -> list[Pixels]:
-        processor = self.processor.image_processor
-        sizes = sizes_of(processor, edge)
-        values = processor([views[place].image for place in places], **sizes)["pixel_values"]
-        return self._by_shape(places, map(torch.as_tensor, values), views, sizes)
+        sizes = sizes_of(self._processor("image"), edge)
+        values = [
+            torch.as_tensor(image)
+            for some in in_calls([views[place].image for place in places])
+            for image in self._processor("image")(some, **sizes)["pixel_values"]
+        ]
+        return self._by_shape(places, values, views, sizes)
 
     def _by_shape(
         self,
@@ -245,6 +283,11 @@ def _patch_keys(reading: BlockReading) -> Tensor:
     """Keys of the patches, [B, H, N, head_dim]."""
     keys: Tensor = reading.keys[:, 1:].unflatten(2, (reading.heads, -1))
     return keys.transpose(1, 2)
+
+
+def in_calls(views: Sequence[T]) -> list[Sequence[T]]:
+    """What the processor gets at once of what is made of `views`."""
+    return [views[first : first + VIEWS_PER_CALL] for first in range(0, len(views), VIEWS_PER_CALL)]
 
 
 def sizes_of(processor: Any, edge: int | None = None) -> Sizes:

@@ -16,7 +16,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_
 from transformers.vision_utils import get_vision_window_index
 
 from prismprune.attention import FusedReading, read_fused, received_attention
-from prismprune.errors import UnknownModelError, UnsupportedMediaError
+from prismprune.errors import UnknownModelError
 from prismprune.families.base import (
     UNSEEN,
     Family,
@@ -28,6 +28,7 @@ from prismprune.families.base import (
     Reading,
     View,
     Visual,
+    check_stretch,
 )
 from prismprune.generation import Prompt
 from prismprune.media import Clip
@@ -42,8 +43,6 @@ if TYPE_CHECKING:
 
 PATCHES_PER_PASS = 16384
 """Patches that the tower takes at once; more only add memory for activations."""
-MOST_STRETCHED = 200
-"""Longer side to shorter one, above which the processor refuses a picture."""
 TYPICAL_SIDE = 672
 """Pixels of the square picture whose tokens stand for a picture's, as any resolution has its own."""
 
@@ -120,10 +119,7 @@ class Qwen25VLFamily(Family):
     def views(self, media: Sequence[Picture | Clip]) -> list[View]:
         views: list[View] = []
         for place, item in enumerate(media):
-            # A clip's frames may be smaller than the original, and their sides are whole pixels.
-            shown = item.frames[0] if isinstance(item, Clip) else item.image
-            if max(shown.size) > MOST_STRETCHED * min(shown.size):
-                raise UnsupportedMediaError(f"One side is more than {MOST_STRETCHED} times the other.")
+            check_stretch(item)
             if isinstance(item, Clip):
                 views += self._slices(place, item)
             else:

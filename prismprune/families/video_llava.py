@@ -10,7 +10,7 @@ from transformers import VideoLlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from prismprune.families.base import UNSEEN, KeptPart, Modality, Pixels, Processed, View, Visual
-from prismprune.families.llava import LlavaFamily, sizes_of
+from prismprune.families.llava import LlavaFamily, in_calls, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -54,30 +54,36 @@ class VideoLlavaFamily(LlavaFamily):
     def _tower(self, modality: Modality) -> Any:
         return self.model.model.video_tower if modality == "video" else self.model.model.image_tower
 
+    def _processor(self, modality: Modality) -> Any:
+        return self.processor.video_processor if modality == "video" else self.processor.image_processor
+
     def preprocess(self, views: Sequence[View]) -> list[Pixels]:
         pictures = [place for place, view in enumerate(views) if view.frame is None]
         frames = [place for place, view in enumerate(views) if view.frame is not None]
         pixels: list[Pixels] = []
         if pictures:
             values = self._pictures([views[place] for place in pictures])
-            pixels += self._by_shape(pictures, values, views, sizes_of(self.processor.image_processor))
+            pixels += self._by_shape(pictures, values, views, sizes_of(self._processor("image")))
         if frames:
             values = self._frames([views[place] for place in frames])
-            sizes = sizes_of(self.processor.video_processor)
+            sizes = sizes_of(self._processor("video"))
             pixels += self._by_shape(frames, values, views, sizes, modality="video")
         return pixels
 
     def _pictures(self, views: Sequence[View]) -> list[Tensor]:
-        processor, images = self.processor.image_processor, [view.image for view in views]
-        values = processor(images, return_legacy_image_output=False)["pixel_values"]
-        return [torch.as_tensor(image) for image in values]
+        # It would guess where the colors are, and of a picture 1 or 3 pixels high be wrong.
+        options = {"input_data_format": "channels_last", "return_legacy_image_output": False}
+        processed = self._processor("image")([view.image for view in views], **options)
+        return [torch.as_tensor(image) for image in processed["pixel_values"]]
 
     def _frames(self, views: Sequence[View]) -> list[Tensor]:
         """Each as a clip of its own: clips may differ in length, and a frame knows nothing of the others."""
         clips = [np.array(view.image)[None] for view in views]
-        processor = self.processor.video_processor
-        processed = processor(clips, do_sample_frames=False, input_data_format="channels_last")
-        return [torch.as_tensor(clip)[0] for clip in processed["pixel_values_videos"]]
+        processed = [
+            self._processor("video")(some, do_sample_frames=False, input_data_format="channels_last")
+            for some in in_calls(clips)
+        ]
+        return [torch.as_tensor(clip)[0] for some in processed for clip in some["pixel_values_videos"]]
 
     def processed(self, inputs: Mapping[str, Tensor]) -> tuple[list[Processed], list[Pixels]]:
         media: list[Processed] = []

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
@@ -98,9 +99,13 @@ class Selection:
         return Selection(self.indices[index], *(None if part is None else part[index] for part in parts))
 
     def tokens(self, features: Tensor) -> Tensor:
-        """What stays, [B, K, d], of the `features` [B, N, d] that were selected from; merged or as it was."""
+        """What stays of the `features` that were selected from, merged or as it was.
+
+        [B, N, d] gives [B, K, d]; of one image, whose indices are [K], [N, d] gives [K, d].
+        """
         if self.weights is None:
-            return take(features, self.indices)
+            single = self.indices.ndim == 1
+            return features.index_select(-2, self.indices) if single else take(features, self.indices)
         return (self.weights @ features.float()).to(features.dtype)
 
 
@@ -189,9 +194,9 @@ def cosines(points: Tensor, others: Tensor) -> Tensor:
     return (ours @ theirs.transpose(1, 2)).round(decimals=12).float().nan_to_num_(nan=1.0)
 
 
-def check_range(option: str, value: object, low: float, high: float) -> None:
+def check_range(option: str, value: Any, low: float, high: float) -> None:
     """Raise `InvalidOptionError` unless `value` is a number from `low` to `high`, both included."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if not (_is_number(value, Real) and low <= value <= high):
         raise InvalidOptionError(f"{option} is a number from {low:g} to {high:g}.")
 
 
@@ -201,7 +206,12 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
         raise InvalidOptionError(f"{option} is one of {', '.join(choices)}.")
 
 
-def check_seed(seed: object) -> None:
+def check_seed(seed: Any) -> None:
     """Raise `InvalidOptionError` unless `seed` is a whole number from 0 to 2**63 - 1."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not (_is_number(seed, Integral) and 0 <= seed < 2**63):
         raise InvalidOptionError("seed is a whole number from 0 to 2**63 - 1.")
+
+
+def _is_number(value: object, kind: type) -> bool:
+    """Of that kind, numpy's included; True and False are none."""
+    return isinstance(value, kind) and not isinstance(value, bool)

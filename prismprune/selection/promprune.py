@@ -47,10 +47,12 @@ class PromPrune(Selector):
         if not (k := min(k, scores.candidates)):
             return nothing_of(scores)
         points = directions(scores.embeddings)
+        broken = points.isnan().any(dim=2)  # a feature that overflowed 16 bits points nowhere
+        points = points.nan_to_num(nan=0.0)
         salient_count = ((1 - _balance(points)) * k).round().long().unsqueeze(1)  # [B, 1]
         order = head_mean(scores.attention).sort(dim=1, descending=True, stable=True).indices
         salient = order.argsort(dim=1) < salient_count
-        diverse = _diverse(points, salient, k - salient_count)
+        diverse = _diverse(points, broken, salient, k - salient_count)
         return Selection(highest((salient | diverse).float(), k))
 
 
@@ -66,8 +68,11 @@ def _balance(points: Tensor) -> Tensor:
     return balance
 
 
-def _diverse(points: Tensor, salient: Tensor, count: Tensor) -> Tensor:
-    """Mask [B, N] of `count` [B, 1] greedy picks of the DPP outside the `salient` [B, N]."""
+def _diverse(points: Tensor, broken: Tensor, salient: Tensor, count: Tensor) -> Tensor:
+    """Mask [B, N] of `count` [B, 1] greedy picks of the DPP outside the `salient` [B, N].
+
+    The `broken` [B, N], which are zeros among the points, come last.
+    """
     kernel = points @ points.transpose(1, 2)
     images = torch.arange(len(points), device=points.device)
     steps = int(count.max()) if len(points) else 0
@@ -76,6 +81,7 @@ def _diverse(points: Tensor, salient: Tensor, count: Tensor) -> Tensor:
     picked = torch.zeros_like(salient)
     # Of an empty salient set every token is equally unlike.
     unlike = 1 - kernel.float().masked_fill(~salient.unsqueeze(1), -1.0).amax(dim=2)
+    unlike = unlike.masked_fill(broken, 0.0)
     for step in range(steps):
         gain = _gain(kernel, explained) if step else unlike
         pick = gain.masked_fill(salient | picked, -torch.inf).argmax(dim=1)

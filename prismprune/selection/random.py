@@ -32,7 +32,7 @@ class Random(Selector):
         """See `Selector`: what it keeps."""
         images, _, patches = attention.shape
         # Drawn on the CPU: each kind of device has a generator of its own.
-        order = torch.randperm(patches, generator=torch.Generator().manual_seed(self.seed))
+        order = torch.randperm(patches, generator=torch.Generator().manual_seed(int(self.seed)))
         return order[:k].sort().values.to(attention.device).expand(images, -1)
 
     def __call__(self, scores: Scores, k: int) -> Selection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -39,14 +40,24 @@ def test_parse_reads_a_ratio() -> None:
     assert TokenBudget.parse(None, keep_ratio=0.25) == TokenBudget(ratio=0.25)
 
 
-@pytest.mark.parametrize("value", [0, -1, "0", "-1", "many", "", "6.4", " 64", "٣", 64.0, True, [64]])
+@pytest.mark.parametrize("ratio", [np.float32(0.25), np.float64(0.25), Fraction(1, 4), np.int64(1)])
+def test_parse_reads_any_number_as_a_ratio(ratio: Any) -> None:
+    """It is a plain float from then on."""
+    parsed = TokenBudget.parse(None, keep_ratio=ratio)
+    assert parsed == TokenBudget(ratio=float(ratio))
+    assert type(parsed.ratio) is float
+
+
+@pytest.mark.parametrize(
+    "value", [0, -1, "0", "-1", "many", "", "6.4", " 64", "٣", 64.0, True, [64], "9" * 5000]
+)
 def test_parse_refuses_what_is_no_budget(value: Any) -> None:
     """Anything that is neither a whole number of at least 1 nor "all"."""
     with pytest.raises(InvalidBudgetError, match="whole number of at least 1"):
         TokenBudget.parse(value)
 
 
-@pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.5", True])
+@pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), "0.5", True, np.bool_(1)])
 def test_parse_refuses_a_ratio_out_of_range(ratio: Any) -> None:
     """A ratio lies above 0 and at most at 1."""
     with pytest.raises(InvalidBudgetError, match="above 0 and at most 1"):

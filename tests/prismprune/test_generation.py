@@ -312,6 +312,8 @@ def test_a_row_too_many_for_two_lanes_is_by_itself(rows: int, sizes: list[int]) 
         {"seed": 1.0},
         {"seed": False},
         {"system": 1},
+        {"system": "caf\udce9"},
+        {"stop": ("caf\udce9",)},
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:

@@ -17,13 +17,13 @@ from transformers import (
 
 from prismprune.budget import TokenBudget
 from prismprune.encoding import EncodingRequest, encode
-from prismprune.errors import UnknownModelError
-from prismprune.families import family_of
+from prismprune.errors import UnknownModelError, UnsupportedMediaError
+from prismprune.families import family_of, llava
 from prismprune.families.base import Visual
 from prismprune.families.llava import LlavaFamily
 from prismprune.generation import GenerationOptions
 from prismprune.loading import load_checkpoint
-from prismprune.media import Picture
+from prismprune.media import Clip, Picture
 from prismprune.selection.prism import Prism
 from prismprune.vlm import PrunedVLM, VisualRequest
 from tests.present import present
@@ -278,6 +278,49 @@ def test_the_box_is_what_a_centre_crop_leaves(cropping: Family, width: int, heig
     assert all(abs(a - b) <= slack for a, b in zip((left, top, right, bottom), expected, strict=True))
     assert 0 <= left < right <= width
     assert 0 <= top < bottom <= height
+
+
+@pytest.mark.parametrize("size", [(1, 201), (804, 4)])
+def test_what_is_stretched_too_far_is_refused(cropping: Family, size: tuple[int, int]) -> None:
+    """Its processor resizes all of it before it crops: a file of 300 bytes would take 20 GB."""
+    thin = Image.new("RGB", size)
+    for media in (Picture(thin), Clip((thin,), (0.0,), (1900, 10))):
+        with pytest.raises(UnsupportedMediaError, match="200 times"):
+            cropping.views([media])
+    cropping.preprocess(cropping.views([Picture(Image.new("RGB", (1, 200)))]))
+
+
+def test_what_is_resized_to_a_square_may_be_stretched(vlm: PrunedVLM) -> None:
+    """It takes no more memory than any other picture."""
+    assert vlm.encode(Image.new("RGB", (1, 5000)), 4).visual_tokens.kept == 4
+
+
+def test_the_processor_gets_a_few_views_at_once(cropping: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It holds all that it gets at their size before the crop; what it makes of them is the same."""
+    views = cropping.views([clip(5)])
+    (together,) = cropping.preprocess(views)
+    processor = cropping.processor.image_processor
+    sizes: list[int] = []
+    monkeypatch.setattr(llava, "VIEWS_PER_CALL", 2)
+    monkeypatch.setattr(cropping.processor, "image_processor", Recording(processor, sizes))
+    (apart,) = cropping.preprocess(views)
+    assert sizes == [2, 2, 1]
+    assert torch.equal(apart.values, together.values)
+
+
+class Recording:
+    """A processor that notes how many views it gets."""
+
+    def __init__(self, processor: Any, sizes: list[int]) -> None:
+        self._processor = processor
+        self._sizes = sizes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, images: list[Image.Image], **options: Any) -> Any:
+        self._sizes.append(len(images))
+        return self._processor(images, **options)
 
 
 def test_control_tokens_in_a_question_are_text(vlm: PrunedVLM) -> None:

@@ -10,7 +10,7 @@ import sys
 import zlib
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -138,6 +138,30 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(value: int) -> None:
     """A 16-bit grey value keeps its brightness."""
     data = encoded(Image.fromarray(np.full((4, 4), value, np.uint16)))
     assert near(decode_image(data).image.getpixel((0, 0)), (value // 257,) * 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (np.array([[0, 100, 255]], np.int32), [0, 100, 255]),
+        (np.array([[-5, 25_700, 65_535]], np.int32), [0, 100, 255]),
+        (np.array([[0, 0.4, 1]], np.float32), [0, 102, 255]),
+        (np.array([[-3, 100.4, 300]], np.float32), [0, 100, 255]),
+        (np.array([[np.nan, 0.4, np.inf]], np.float32), [0, 102, 0]),
+        (np.array([[np.nan, np.nan, np.nan]], np.float32), [0, 0, 0]),
+    ],
+)
+def test_grey_of_32_bits_is_shown_by_its_range(values: np.ndarray[Any, Any], shown: list[int]) -> None:
+    """A Pillow image of mode I or F does not become black for want of a range; no number is black."""
+    image = as_picture(Image.fromarray(values)).image
+    assert [image.getpixel((column, 0)) for column in range(3)] == [(value,) * 3 for value in shown]
+
+
+@pytest.mark.parametrize("byte_order", ["<u2", ">u2"])
+def test_dark_sixteen_bit_grey_stays_dark(byte_order: str) -> None:
+    """Its range is its mode's, whatever the values are."""
+    image = as_picture(Image.fromarray(np.array([[200, 513]], np.dtype(byte_order)))).image
+    assert [image.getpixel((column, 0)) for column in range(2)] == [(0, 0, 0), (2, 2, 2)]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr"])
@@ -463,12 +487,37 @@ def test_a_start_beyond_the_end_is_an_error(mp4: bytes) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"num_frames": 0}, {"start_s": -1}, {"start_s": float("nan")}, {"start_s": 2, "end_s": 2}, {"end_s": 0}],
+    [
+        {"num_frames": 0},
+        {"num_frames": 2.5},
+        {"num_frames": True},
+        {"num_frames": "8"},
+        {"start_s": -1},
+        {"start_s": float("nan")},
+        {"start_s": "0"},
+        {"start_s": 2, "end_s": 2},
+        {"end_s": 0},
+        {"end_s": "1"},
+    ],
 )
-def test_an_impossible_sampling_is_an_error(options: dict[str, float]) -> None:
+def test_an_impossible_sampling_is_an_error(options: dict[str, Any]) -> None:
     """A sampling that no video could satisfy cannot be made."""
     with pytest.raises(InvalidOptionError):
-        FrameSampling(**options)  # type: ignore[arg-type] # floats stand for both
+        FrameSampling(**options)
+
+
+def test_numpys_numbers_sample_as_others_do(mp4: bytes) -> None:
+    """The decoder's process is told of plain ones."""
+    numbers = {"num_frames": np.int64(2), "start_s": np.float32(0.5), "end_s": np.float64(1)}
+    clip = decode_video(mp4, FrameSampling(**numbers))  # type: ignore[arg-type] # numpy's stand for both
+    assert clip.times_s == decode_video(mp4, FrameSampling(2, 0.5, 1)).times_s
+
+
+@pytest.mark.parametrize(("frames", "times"), [(0, ()), (1, ()), (2, (0.0,)), (1, (0.0, 1.0))])
+def test_a_clip_has_frames_and_a_time_for_each(frames: int, times: tuple[float, ...]) -> None:
+    """Anything else cannot be made."""
+    with pytest.raises(InvalidOptionError, match="a time for each"):
+        Clip((Image.new("RGB", (4, 4)),) * frames, times, (4, 4))
 
 
 def test_a_picture_is_no_video_and_a_video_no_picture(mp4: bytes) -> None:

@@ -170,6 +170,31 @@ def test_every_method_keeps_none_of_no_patches(method: str) -> None:
     assert selection.tokens(torch.zeros(2, 0, 4)).shape == (2, 0, 4)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_features_that_are_no_numbers(method: str, value: float) -> None:
+    """16 bits overflow: there are K distinct tokens, and the neighbor in the batch keeps its own."""
+    attention, features = random_scores(images=2, tokens=20)
+    keys = torch.randn(2, 4, 20, 8, generator=torch.Generator().manual_seed(1))
+    expected = select(attention, features, 7, method, keys=keys).indices[1]
+    features[0, 3, 2] = value
+    indices = select(attention, features, 7, method, keys=keys).indices
+    assert len(set(indices[0].tolist())) == 7
+    assert torch.equal(indices[1], expected)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_promprune_keeps_what_is_no_number_last(seed: int) -> None:
+    """Beside a salient set, a token like none of it would be the first of the diverse ones."""
+    generator = torch.Generator().manual_seed(seed)
+    # Three directions and some noise: a balance between the two parts.
+    features = torch.randn(20, 3, generator=generator) @ torch.randn(3, 32, generator=generator)
+    features += 0.1 * torch.randn(20, 32, generator=generator)
+    attention = torch.rand(4, 20, generator=generator)
+    attention[:, 3], features[3] = 0, torch.nan
+    assert 3 not in select(attention, features, 10, "promprune").indices
+
+
 @pytest.mark.parametrize("start", FPS_STARTS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_features_that_are_no_numbers_give_no_duplicates(start: FpsStart, value: float) -> None:
@@ -259,6 +284,16 @@ def test_select_of_one_image_has_no_batch() -> None:
     assert [part.shape for part in (selection.indices, *sides(selection))] == [(10,), (5,), (5,)]
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_the_tokens_of_one_image_are_its_part_of_a_batch(method: str) -> None:
+    """Indices [K] take [N, d] to [K, d], whether the method merges or not."""
+    attention, features = random_scores()
+    together = chosen(attention, features, 10, method).tokens(features)
+    alone = chosen(attention[1], features[1], 10, method).tokens(features[1])
+    assert alone.shape == (10, features.shape[2])
+    torch.testing.assert_close(alone, together[1])
+
+
 @pytest.mark.parametrize("budget", [0, -1, "many"])
 def test_select_refuses_a_bad_budget(budget: Any) -> None:
     """The errors of `TokenBudget` come through."""
@@ -280,6 +315,7 @@ def test_an_unknown_method_is_told_the_known_ones() -> None:
         ("prism", {"salient_share": float("nan")}),
         ("prism", {"salient_share": "half"}),
         ("prism", {"salient_share": True}),
+        ("prism", {"salient_share": np.bool_(1)}),
         ("prism", {"pool_factor": 0.5}),
         ("prism", {"pool_factor": 65}),
         ("prism", {"pool_factor": "most"}),
@@ -296,6 +332,24 @@ def test_bad_options_are_refused(method: str, options: dict[str, Any]) -> None:
     """An option out of range, of the wrong type, or of another method."""
     with pytest.raises(InvalidOptionError):
         selector(method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "plain"),
+    [
+        ("prism", {"salient_share": np.float32(0.25)}, {"salient_share": 0.25}),
+        ("prism", {"pool_factor": np.int64(3)}, {"pool_factor": 3}),
+        ("random", {"seed": np.int64(7)}, {"seed": 7}),
+    ],
+)
+def test_numpys_numbers_are_options_like_others(
+    method: str, options: dict[str, Any], plain: dict[str, Any]
+) -> None:
+    """Those that a budget may be, an option may be."""
+    scores = random_scores()
+    assert torch.equal(
+        select(*scores, 10, method, **options).indices, select(*scores, 10, method, **plain).indices
+    )
 
 
 @pytest.mark.parametrize(

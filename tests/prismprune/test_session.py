@@ -549,10 +549,23 @@ def test_an_encoding_that_is_there_needs_no_media(vlm: PrunedVLM) -> None:
     assert session.answers(pending)[0].cached_tokens == 4
 
 
-def test_a_request_without_a_question_is_refused(vlm: PrunedVLM) -> None:
-    """Nothing to answer is the caller's mistake."""
-    with pytest.raises(InvalidOptionError):
-        Asked(vlm.encode(picture(0), 4), ())
+@pytest.mark.parametrize(
+    ("questions", "message"),
+    [
+        ((), "at least one"),
+        ("What?", "not a text"),
+        ((None,), "a text"),
+        (("caf\udce9?",), "half a character"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(vlm: PrunedVLM, questions: Any, message: str) -> None:
+    """No question, one that would be asked letter by letter, and what no tokenizer takes."""
+    with pytest.raises(InvalidOptionError, match=message):
+        Asked(vlm.encode(picture(0), 4), questions)
+    with pytest.raises(InvalidOptionError, match=message):
+        VisualRequest((Picture(picture(0)),), questions)
+    with pytest.raises(InvalidOptionError, match=message):
+        vlm.answer_encoded(vlm.encode(picture(0), 4), questions)
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from PIL import Image
 
+from prismprune.errors import UnsupportedMediaError
 from prismprune.families import llava
+from prismprune.media import Clip, Picture
 from tests.prismprune.families import MEDIA, kept, parts, still
-from tests.prismprune.tiny import PATCHES, clip
+from tests.prismprune.tiny import PATCHES, clip, picture
 
 if TYPE_CHECKING:
     from prismprune.vlm import PrunedVLM
@@ -96,3 +99,33 @@ def test_control_tokens_of_either_kind_in_a_question_are_text(vlm: PrunedVLM) ->
     answer = vlm._family.prompt("<video> or <image>?", None, visuals)
     for modality, placeholder in vlm._family.placeholder_ids.items():
         assert int((answer.token_ids == placeholder).sum()) == (6 if modality == "video" else 0)
+
+
+@pytest.mark.parametrize("high", [1, 2, 3, 4])
+def test_a_flat_picture_is_read_as_it_lies(vlm: PrunedVLM, high: int) -> None:
+    """Its rows are not taken for its colors: it shows what it shows on its side."""
+    flat = picture(0, (24, high))
+    upright = flat.transpose(Image.Transpose.TRANSPOSE)
+    family = vlm._family
+    (values,) = family.preprocess(family.views([Picture(flat)]))
+    (turned,) = family.preprocess(family.views([Picture(upright)]))
+    # The sides are resized in the other order, with a rounding in between.
+    assert (values.values - turned.values.transpose(2, 3)).abs().mean() < 0.02
+
+
+@pytest.mark.parametrize("high", [1, 3])
+def test_flat_frames_are_read_as_pictures_are(vlm: PrunedVLM, high: int) -> None:
+    """Their processor is told the order of their channels, too."""
+    flat = picture(0, (24, high))
+    family = vlm._family
+    (values,) = family.preprocess(family.views([Picture(flat)]))
+    (frames,) = family.preprocess(family.views([Clip((flat,), (0.0,), flat.size)]))
+    torch.testing.assert_close(values.values, frames.values, atol=0.05, rtol=0)
+
+
+def test_what_is_stretched_too_far_is_refused(vlm: PrunedVLM) -> None:
+    """Pictures and clips: their processors resize all of them before they crop."""
+    thin = picture(0, (804, 4))
+    for media in (Picture(thin), Clip((thin,), (0.0,), (1900, 10))):
+        with pytest.raises(UnsupportedMediaError, match="200 times"):
+            vlm.encode([media], 4)
