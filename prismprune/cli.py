@@ -144,7 +144,7 @@ def answer(
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this share.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Draw the same again.")] = None,
-    num_frames: Annotated[int | None, typer.Option(help="Frames of a video to look at [8].")] = None,
+    num_frames: Annotated[int | None, typer.Option(help="Frames of a video to look at (default: 8).")] = None,
     start: Annotated[float | None, typer.Option(help="Look from this second of a video.")] = None,
     end: Annotated[float | None, typer.Option(help="Look up to this second of a video.")] = None,
     quantization: cli_options.Quantized = None,
@@ -222,7 +222,8 @@ def plan(
     quantize_also: cli_options.QuantizeAlso = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens of question and answer.")] = 64,
     visual_tokens: Annotated[
-        int | None, typer.Option(help="Visual tokens before pruning [of one picture or clip].")
+        int | None,
+        typer.Option(help="Visual tokens before pruning (default: those of one picture or clip)."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:

@@ -15,7 +15,8 @@ Layout = Annotated[
 ]
 Quantized = Annotated[str | None, typer.Option("--quantization", help="int8 or nf4.")]
 ComputeDtype = Annotated[
-    str | None, typer.Option(help="What nf4 computes in: float32, bfloat16 or float16 [that of the model].")
+    str | None,
+    typer.Option(help="What nf4 computes in: float32, bfloat16 or float16 (default: that of the model)."),
 ]
 DoubleQuant = Annotated[bool, typer.Option(help="Whether nf4 quantizes its scales too.")]
 QuantizeAlso = Annotated[

@@ -9,6 +9,7 @@ from pathlib import Path  # noqa: TC003 (typer reads annotations)
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from PIL import Image
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,10 +26,12 @@ from prismprune.demo.clips import draw_clip
 from prismprune.demo.parts import EASY_VQA, fetch
 from prismprune.demo.questions import HELD_OUT, clip_questions, scene_questions
 from prismprune.demo.scenes import draw_scene
+from prismprune.errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from prismprune.demo.train import Recipe
     from prismprune.evaluation.report import Report, Setting
 
 app = typer.Typer(no_args_is_help=True)
@@ -56,11 +59,16 @@ def fetch_command() -> None:
 def draw(
     target: Annotated[Path, typer.Argument(help="A .png for a scene, a .gif for a clip.")],
     seed: Annotated[int, typer.Option(help="Another seed, another picture.")] = 0,
-    objects: Annotated[int | None, typer.Option(min=1, max=6, help="How many objects [one to six].")] = None,
+    objects: Annotated[
+        int | None, typer.Option(min=1, max=6, help="How many objects (default: one to six).")
+    ] = None,
 ) -> None:
     """Draw a scene or clip of the demo's world and print questions about it with their true answers."""
+    ending = target.suffix.lower()
+    if Image.registered_extensions().get(ending) not in Image.SAVE:
+        raise InvalidOptionError(f"Cannot draw {target.name}: a .png is a scene, a .gif a clip.")
     rng = random.Random(seed)
-    if target.suffix == ".gif":
+    if ending == ".gif":
         clip = draw_clip(rng)
         clip.frames[0].save(target, save_all=True, append_images=clip.frames[1:], duration=250, loop=0)
         questions = clip_questions(rng, clip, 8, HELD_OUT)
@@ -78,7 +86,9 @@ def draw(
 def train(
     folder: Annotated[Path, typer.Argument(help="Where the weights and the state to resume from go.")],
     *,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps in all [the recipe's].")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Optimizer steps in all (default: the recipe's).")
+    ] = None,
     recipe_file: Annotated[
         Path | None,
         typer.Option("--recipe", help="JSON with fields of the recipe, as in a run's recipe.json."),
@@ -89,12 +99,12 @@ def train(
     ship: Annotated[
         Path | None, typer.Option(help="Write the weights in 16 bits to this folder as well.")
     ] = None,
-    workers: Annotated[int, typer.Option(help="Processes that draw scenes.")] = 1,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that draw scenes.")] = 1,
 ) -> None:
     """Train projector and adapter from the recipe's seed, or go on where FOLDER left off."""
     from prismprune.demo import train as training  # noqa: PLC0415 (needs peft)
 
-    recipe = training.Recipe(**json.loads(recipe_file.read_text()) if recipe_file else {})
+    recipe = _recipe(recipe_file) if recipe_file else training.Recipe()
     recipe = recipe if steps is None else dataclasses.replace(recipe, steps=steps)
     console = Console(highlight=False)
     with _progress() as progress:
@@ -106,12 +116,36 @@ def train(
         training.ship(folder, ship)
 
 
+def _recipe(file: Path) -> Recipe:
+    """The recipe with the fields that `file` holds. Raises `InvalidOptionError` for anything else in it."""
+    from prismprune.demo.train import Recipe  # noqa: PLC0415 (needs peft)
+
+    try:
+        fields = json.loads(file.read_bytes())
+    except ValueError:
+        fields = None
+    if not isinstance(fields, dict):
+        raise InvalidOptionError(f"{file} is no JSON object with fields of the recipe.")
+    known = dataclasses.asdict(Recipe())
+    if unknown := sorted(fields.keys() - known.keys()):
+        raise InvalidOptionError(f"{file}: the recipe has no {unknown[0]}, but {', '.join(known)}.")
+    for name, value in fields.items():
+        kind = type(known[name])
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise InvalidOptionError(f"{file}: {name} is of type {kind.__name__}, not {value!r}.")
+    return Recipe(**fields)
+
+
 @app.command("evaluate")
 def evaluate_command(
-    pictures: Annotated[int, typer.Option(help="Own scenes, ten questions each.")] = 200,
-    clips: Annotated[int, typer.Option(help="Clips of eight frames.")] = 40,
-    easy_vqa: Annotated[int, typer.Option(help="Pictures of easy-VQA's test set (1,000 in all).")] = 200,
-    model: Annotated[Path | None, typer.Option(help="A checkpoint directory [the demo's own].")] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Own scenes, ten questions each.")] = 200,
+    clips: Annotated[int, typer.Option(min=0, help="Clips of eight frames.")] = 40,
+    easy_vqa: Annotated[
+        int, typer.Option(min=0, help="Pictures of easy-VQA's test set (1,000 in all).")
+    ] = 200,
+    model: Annotated[
+        Path | None, typer.Option(help="A directory of a demo checkpoint (default: the demo's own).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a suite.")] = False,
 ) -> None:
     """Print accuracy by method and budget, on scenes, phrasings and pictures that the model never saw."""
@@ -151,8 +185,9 @@ def _tables(report: Report) -> list[Table]:
     table = Table("setting", "accuracy %", "± (95 %)", "of unpruned %", *kinds, title=title, caption=caption)
     for setting, tally in report.tallies.items():
         by_kind = [f"{100 * tally.right[kind] / tally.asked[kind]:.0f}" for kind in kinds]
-        relative = 100 * tally.accuracy / unpruned.accuracy
-        row = f"{100 * tally.accuracy:.1f}", f"{100 * tally.margin:.1f}", f"{relative:.1f}"
+        share = report.relative(tally)
+        relative = "" if share is None else f"{100 * share:.1f}"
+        row = f"{100 * tally.accuracy:.1f}", f"{100 * tally.margin:.1f}", relative
         table.add_row(_label(setting), *row, *by_kind)
     return [table]
 

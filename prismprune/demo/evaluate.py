@@ -19,6 +19,7 @@ from prismprune.demo.easyvqa import EasyVQA
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
 from prismprune.demo.questions import HELD_OUT, clip_questions, scene_questions
 from prismprune.demo.scenes import draw_scene
+from prismprune.errors import InvalidOptionError
 from prismprune.evaluation.compare import Marks, compare
 from prismprune.evaluation.report import Report, Setting
 from prismprune.evaluation.subjects import Question, Subject
@@ -99,7 +100,12 @@ def is_demo(vlm: PrunedVLM) -> bool:
 
 
 def packed(vlm: PrunedVLM) -> Marker:
-    """Mark all questions about a picture in one pass of the language model, over one prefix."""
+    """Mark all questions about a picture in one pass of the language model, over one prefix.
+
+    Raises `InvalidOptionError` for a model that is not prompted as the demo is.
+    """
+    if not is_demo(vlm):
+        raise InvalidOptionError(f"{vlm.name} is no demo model: `prismprune compare` asks any other.")
     packer = Packer(vlm.processor.tokenizer)
 
     @torch.inference_mode()
@@ -111,7 +117,7 @@ def packed(vlm: PrunedVLM) -> Marker:
             model.model.language_model, model.get_input_embeddings().weight, pack, torch.cat(parts)
         )
         asked = pack.labels[0] != IGNORED
-        hits = model.lm_head(hidden[0, asked]).argmax(-1) == pack.labels[0, asked]
+        hits = model.lm_head(hidden[0, asked]).argmax(-1).cpu() == pack.labels[0, asked]
         block = pack.block[0, asked]
         return Marks([bool(hits[block == number].all()) for number in range(len(questions))])
 

@@ -27,9 +27,9 @@ IGNORED = -100
 class Pack:
     """Rows for the language model. `visual` is where the B x V visual embeddings go.
 
-    ids [B, L] (0 under visual tokens), visual [B, L] bool, positions [B, L], mask [B, 1, L, L] additive,
-    labels [B, L]: the token that should follow, IGNORED where nothing is asked, block [B, L]: the question's
-    number, -1 elsewhere.
+    ids [B, L] (0 under visual tokens), visual [B, L] bool, positions [B, L], mask [B, 1, L, L]: true where
+    one looks, labels [B, L]: the token that should follow, IGNORED where nothing is asked, block [B, L]: the
+    question's number, -1 elsewhere.
     """
 
     ids: Tensor
@@ -82,21 +82,24 @@ class Packer:
 
 
 def _mask(block: Tensor) -> Tensor:
-    """Additive mask [B, 1, L, L]: causal, and only within the prefix and one's own block."""
+    """Mask [B, 1, L, L], true where one looks: causal, and only within the prefix and one's own block."""
     length = block.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     to_prefix = (block == -1)[:, None, :]
     same = block[:, :, None] == block[:, None, :]
-    allowed = causal & (to_prefix | same)
-    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[:, None]
+    return (causal & (to_prefix | same))[:, None]
 
 
 def hidden_states(language: Any, embeddings: Tensor, pack: Pack, visual: Tensor) -> Tensor:
-    """Last hidden states [B, L, d] over a pack whose visual places hold `visual` [*, d] in order."""
+    """Last hidden states [B, L, d] over a pack whose visual places hold `visual` [*, d] in order.
+
+    On the device and in the number format of `embeddings` [V, d], wherever the pack is.
+    """
     embedded = embeddings[pack.ids]
     embedded[pack.visual] = visual.reshape(-1, visual.shape[-1])
-    output = language(
-        inputs_embeds=embedded, attention_mask=pack.mask, position_ids=pack.positions, use_cache=False
-    )
+    unseen = ~pack.mask.to(embedded.device)
+    mask = embedded.new_zeros(pack.mask.shape).masked_fill(unseen, torch.finfo(embedded.dtype).min)
+    positions = pack.positions.to(embedded.device)
+    output = language(inputs_embeds=embedded, attention_mask=mask, position_ids=positions, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden

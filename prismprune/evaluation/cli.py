@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from itertools import chain
+from itertools import chain, combinations, starmap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -50,11 +50,15 @@ def compare(
     model: Annotated[str, typer.Option(help="prism-demo, a directory or a hub id.")] = "prism-demo",
     method: Annotated[
         list[str] | None,
-        typer.Option(help="Repeat for several; with options: prism:pool_factor=2. [default: every method]"),
+        typer.Option(help="Repeat for several; with options: prism:pool_factor=2 (default: every method)."),
     ] = None,
     budget: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Visual tokens of a picture or clip; repeat. [default: 128, 64, 32]"),
+        typer.Option(
+            min=1,
+            help="Visual tokens of a picture or clip; repeat for several "
+            f"(default: {', '.join(map(str, DEFAULT_BUDGETS))}).",
+        ),
     ] = None,
     pictures: Annotated[int, typer.Option(min=1, help="The first so many pictures or clips.")] = 100,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer of a model.")] = 16,
@@ -79,7 +83,7 @@ def compare(
     from prismprune.vlm import PrunedVLM  # noqa: PLC0415 -- loads torch
 
     settings = _settings(method, budget or DEFAULT_BUDGETS)
-    _make_folders(plot, results, answers, csv)
+    _check_files(questions, plot, results, answers, csv)
     weights = cli_options.quantized(quantization, compute_dtype, double_quant, quantize_also)
     subjects = _subjects(questions, pictures)
     vlm = PrunedVLM.from_pretrained(model, dtype=dtype, device=device, quantization=weights, layout=layout)
@@ -106,18 +110,28 @@ def _settings(method: Sequence[str] | None, budgets: Sequence[int]) -> list[Sett
     return list(dict.fromkeys([("none", None), *settings]))
 
 
-def _make_folders(plot: Path | None, *others: Path | None) -> None:
-    """What cannot be written is told before anything is computed."""
+def _check_files(questions: str, plot: Path | None, results: Path | None, *others: Path | None) -> None:
+    """What cannot be written, or would be lost, is told before anything is computed."""
+    from prismprune.demo.evaluate import SETTINGS  # noqa: PLC0415 -- loads torch
     from prismprune.errors import InvalidOptionError  # noqa: PLC0415 -- beside the others
+    from prismprune.evaluation.compare import read_results  # noqa: PLC0415 -- loads torch
     from prismprune.evaluation.report import check_plots  # noqa: PLC0415 -- beside the others
 
     if plot:
         check_plots(plot)
-    files = [file for file in (plot, *others) if file]
-    if len({file.resolve() for file in files}) < len(files):
-        raise InvalidOptionError("Results, answers, table and plot each need a file of their own.")
+    files = [file for file in (plot, results, *others) if file]
+    asked = [] if questions in SETTINGS else [Path(questions)]
+    if any(starmap(_same, combinations([*asked, *files], 2))):
+        raise InvalidOptionError("Questions, results, answers, table and plot each need a file of their own.")
+    if results and results.exists():
+        read_results(results)
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are one file, by whatever name or link."""
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
 
 
 def _subjects(questions: str, pictures: int) -> Iterator[Subject]:

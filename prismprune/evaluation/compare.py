@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -87,7 +88,8 @@ def compare(
     answers: a file of JSON lines to write anew, a line a question and setting: see `answer_lines`. What
         `results` holds without answers is asked again then.
 
-    Raises `InvalidOptionError` or `UnknownMethodError` for a setting, before anything is run.
+    Raises `InvalidOptionError` or `UnknownMethodError` for a setting, and the former where `results` holds
+    anything else, before anything is run.
     """
     for method, _ in settings:
         parsed_method(method)
@@ -169,26 +171,48 @@ def identity(vlm: PrunedVLM) -> str:
     return " ".join([vlm.name, version, vlm.quantization or "unquantized", str(vlm.dtype), *layout])
 
 
+Results = dict[tuple[str, ...], tuple[Marks, Kept]]
+"""By model, subject, its questions, method and budget."""
+LINE_START = b'{"of": ['
+"""Of every result, so that an unfinished one can be told from a line of another file."""
+
+
+def read_results(path: Path) -> tuple[Results, int]:
+    """What a file of results holds, and how many of its bytes: a killed process may leave a line unfinished.
+
+    Nothing is written. Raises `InvalidOptionError` for a line that is none, naming it.
+    """
+    *lines, rest = path.read_bytes().split(b"\n")
+    results = dict(_result(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1))
+    if rest[: len(LINE_START)] != LINE_START[: len(rest)]:
+        raise _no_result(f"{path}, line {len(lines) + 1}")
+    return results, sum(len(line) + 1 for line in lines)
+
+
+def _result(line: bytes, place: str) -> tuple[tuple[str, ...], tuple[Marks, Kept]]:
+    try:
+        row = json.loads(line)
+        marks = Marks([bool(one) for one in row["right"]], row.get("said"))
+        return tuple(map(str, row["of"])), (marks, Kept(**row["kept"]))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _no_result(place) from None
+
+
+def _no_result(place: str) -> InvalidOptionError:
+    return InvalidOptionError(f"{place} is no result of compare.")
+
+
 class Journal:
     """Results by subject and setting, kept in a file of JSON lines if there is one."""
 
     def __init__(self, path: Path | None, model: str) -> None:
         self._path = path
         self._model = model
-        self._done: dict[tuple[str, ...], tuple[Marks, Kept]] = {}
-        for line in self._whole_lines():
-            row = json.loads(line)
-            self._done[tuple(row["of"])] = Marks(row["right"], row.get("said")), Kept(**row["kept"])
-
-    def _whole_lines(self) -> list[str]:
-        """What the file holds, without a last line that a killed process left unfinished."""
-        if self._path is None or not self._path.exists():
-            return []
-        content = self._path.read_text(encoding="utf-8")
-        finished = content[: content.rfind("\n") + 1]
-        if finished != content:
-            self._path.write_text(finished, encoding="utf-8")
-        return finished.splitlines()
+        self._done: Results = {}
+        if path is not None and path.exists():
+            self._done, finished = read_results(path)
+            if finished < path.stat().st_size:
+                os.truncate(path, finished)
 
     def _key(self, subject: Subject, setting: Setting) -> tuple[str, ...]:
         asked = json.dumps([[question.text, question.answer] for question in subject.questions])

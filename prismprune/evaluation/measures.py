@@ -41,12 +41,12 @@ def paired_difference(
     right, reference, asked: numbers a picture. Questions about one picture are right or wrong together, so
     pictures are what varies: the difference is a ratio of sums over clusters, with that ratio's variance
     (Cochran, Sampling Techniques, 1977, section 2.11).
-    The interval is all there can be, -1 to 1, for fewer than `LEAST_PICTURES`.
+    The interval is all there can be, -1 to 1, for fewer than `LEAST_PICTURES`, and where nothing was asked.
     """
     pictures, questions = len(asked), sum(asked)
     gained = [one - other for one, other in zip(right, reference, strict=True)]
     difference = sum(gained) / questions if questions else 0.0
-    if pictures < LEAST_PICTURES:
+    if pictures < LEAST_PICTURES or not questions:
         return difference, -1.0, 1.0
     squares = sum((more - difference * count) ** 2 for more, count in zip(gained, asked, strict=True))
     half = Z_95 * math.sqrt(pictures / (pictures - 1) * squares) / questions

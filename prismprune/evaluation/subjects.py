@@ -50,23 +50,36 @@ def read_subjects(path: Path, limit: int | None = None) -> Iterator[Subject]:
     other fields it has. A relative path is relative to the file's folder. Lines about one picture need not
     stand together.
 
-    Raises `InvalidOptionError` for a line that is none, naming it.
+    Raises `InvalidOptionError` for a line that is none or whose picture is no file, naming it, before any is
+    opened.
     """
     asked: dict[str, list[Question]] = defaultdict(list)
-    with path.open(encoding="utf-8") as lines:
+    places: dict[str, str] = {}
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                image, question = _parsed(line, f"{path.name}, line {number}")
+                place = f"{path.name}, line {number}"
+                image, question = _parsed(line, place)
                 asked[image].append(question)
-    for image in list(asked)[:limit]:
+                places.setdefault(image, place)
+    chosen = list(asked)[:limit]
+    for image in chosen:
+        if not (path.parent / image).is_file():
+            raise InvalidOptionError(f"{places[image]}: there is no file {path.parent / image}.")
+    for image in chosen:
         yield Subject(image, tuple(asked[image]), _opener(path.parent / image))
 
 
-def _parsed(line: str, place: str) -> tuple[str, Question]:
+def _parsed(line: bytes, place: str) -> tuple[str, Question]:
     try:
-        row: Any = json.loads(line)
+        row: Any = json.loads(line.decode())
+    except UnicodeDecodeError:
+        raise InvalidOptionError(f"{place} is not UTF-8.") from None
+    except ValueError:
+        row = None
+    try:
         fields = [row["image"], row.get("group", ""), row["question"], row["answer"]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         fields = [None]
     if not all(isinstance(field, str) for field in fields):
         raise InvalidOptionError(

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import prismprune
-from prismprune import GenerationOptions, Selection, TokenBudget, VisualRequest
+from prismprune import GenerationOptions, PrunedVLM, Selection, TokenBudget, VisualRequest
+from prismprune.demo.evaluate import packed
 from prismprune.encoding import EncodingRequest, encode
+from prismprune.evaluation.compare import compare
+from prismprune.evaluation.subjects import Question, Subject
 from prismprune.meters import Stopwatch
 from tests.prismprune.families import CASES, CHECKPOINTS, MEDIA, Transformers, still
+from tests.prismprune.tiny_demo import save_tiny_demo, silent
 from worker.engine import Engine
 from worker.line import Limits
 
@@ -94,6 +98,16 @@ def test_nothing_waits_for_the_tower_before_tokens_are_selected(
         assert [one.token_map for one in encode(vlm._family, requests)] == expected
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_demo_s_questions_are_packed_on_the_device(tmp_path: Path, dtype: str) -> None:
+    """Packs are made on the CPU: `compare` marks them where the model is, pruned and unpruned."""
+    vlm = silent(PrunedVLM.from_pretrained(save_tiny_demo(tmp_path), device="cuda", dtype=dtype))
+    asked = (Question("", "What?", "red"), Question("", "Nothing?", ""))
+    subjects = [Subject("wide", asked, lambda: still("wide"))]
+    *_, report = compare(vlm, "test", subjects, [("none", None), ("prism", 5)], marker=packed(vlm))
+    assert [tally.by_picture for tally in report.tallies.values()] == [[(1, 2)]] * 2
 
 
 def test_a_lap_ends_when_its_work_does_and_waits_when_it_is_looked_at() -> None:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import typer
@@ -18,6 +18,7 @@ from prismprune.errors import InvalidOptionError, PartsUnavailableError
 from tests.prismprune.tiny import PATCHES, picture, save_tiny_llava, save_tiny_llava_next
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 run = CliRunner().invoke
@@ -231,6 +232,48 @@ def test_help_comes_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
     assert "answer" in done.stdout
+
+
+def commands(group: Any, *names: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every command with the words that call it."""
+    context = typer.Context(group)
+    for name in group.list_commands(context):
+        command = group.get_command(context, name)
+        if hasattr(command, "list_commands"):
+            yield from commands(command, *names, name)
+        else:
+            yield (*names, name), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_help_says_all_that_is_written(words: tuple[str, ...]) -> None:
+    """What a terminal takes for markup would be missing: square brackets with a default in them."""
+    shown = run(app, [*words, "--help"], env={"COLUMNS": "300"}).stdout
+    lines = [line.rstrip("│ ").rstrip() for line in shown.splitlines()]
+    assert not [line for line in lines if line.endswith(" .")]
+    for option in COMMANDS[words].params:
+        assert (option.help or "") in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "default"),
+    [
+        ("compare", "default: every method"),
+        ("compare", "default: 128, 64, 32"),
+        ("compare", "default: that of the model"),
+        ("answer", "default: 8"),
+        ("plan", "default: those of one picture or clip"),
+        ("demo draw", "default: one to six"),
+        ("demo train", "default: the recipe's"),
+        ("demo evaluate", "default: the demo's own"),
+    ],
+)
+def test_help_tells_defaults_that_are_no_value(words: str, default: str) -> None:
+    """Those that documentation gives, too."""
+    assert f"({default})" in run(app, [*words.split(), "--help"], env={"COLUMNS": "300"}).stdout
 
 
 def test_the_version_is_printed() -> None:

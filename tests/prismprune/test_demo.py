@@ -6,20 +6,25 @@ import itertools
 import json
 import random
 import zipfile
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import AutoModel, CLIPVisionConfig, LlamaConfig, LlamaModel, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from typer.testing import CliRunner
 
-from prismprune import demo
+from prismprune import PrunedVLM, demo
+from prismprune.cli import app
 from prismprune.demo import scenes, start, subsets
 from prismprune.demo.clips import DIRECTIONS, FRAMES, draw_clip
+from prismprune.demo.evaluate import packed
 from prismprune.demo.packing import IGNORED, Packer, hidden_states
 from prismprune.demo.parts import Part, _extract, fetch
 from prismprune.demo.questions import (
@@ -35,12 +40,12 @@ from prismprune.demo.questions import (
 from prismprune.demo.scenes import CHARACTERS, COLORS, SHAPES, Thing, draw_scene, paint
 from prismprune.demo.start import closed_form_start
 from prismprune.demo.train import Recipe, Stream, ship
-from prismprune.errors import PartsUnavailableError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from prismprune.errors import InvalidOptionError, PartsUnavailableError
+from tests.prismprune.tiny import picture
+from tests.prismprune.tiny_demo import save_tiny_demo, silent
 
 seeds = st.integers(0, 2**31)
+invoke = CliRunner().invoke
 
 
 @settings(max_examples=30)
@@ -174,6 +179,109 @@ def test_packed_questions_are_computed_as_if_each_were_asked_alone() -> None:
             torch.testing.assert_close(hidden[together.block[0] == number], expected[alone.block[0] == 0])
             labels = together.labels[0][together.block[0] == number]
             assert len(labels[labels != IGNORED]) == len(question.answer) + 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_pack_goes_where_the_model_is(device: str, dtype: torch.dtype) -> None:
+    """Packs are made on the CPU; tensors without data tell which devices and formats would meet."""
+    pack = Packer(_Words()).pack([[Question("color", "What?", "red")]], [6])  # type: ignore[arg-type]
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
+    )
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with torch.device(device):
+            model = AutoModel.from_config(config, dtype=dtype, attn_implementation="sdpa")
+            visual = torch.zeros(6, 32, dtype=dtype)
+        fields = {name: mode.from_tensor(getattr(pack, name)) for name in pack.__slots__}
+        hidden = hidden_states(model, model.embed_tokens.weight, replace(pack, **fields), visual)
+    assert (hidden.device.type, hidden.dtype, hidden.shape) == (device, dtype, (1, pack.ids.shape[1], 32))
+
+
+def test_a_model_that_is_prompted_otherwise_is_not_packed(vlm: PrunedVLM) -> None:
+    """Of another model's prompts the packer knows nothing."""
+    with pytest.raises(InvalidOptionError, match="no demo model"):
+        packed(vlm)
+
+
+@pytest.fixture(scope="module")
+def tiny_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_demo(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_each_question_of_a_pack_has_its_own_mark(tiny_demo: Path, dtype: str) -> None:
+    """By a model that says nothing: right where that is the true answer, wrong about the others."""
+    vlm = silent(PrunedVLM.from_pretrained(tiny_demo, dtype=dtype))
+    asked = [Question("", "What?", "red"), Question("", "Nothing?", ""), Question("", "How many?", "12")]
+    assert packed(vlm)(asked, vlm.encode(picture(), 5)).right == [False, True, False]
+
+
+def test_an_evaluation_in_which_nothing_is_right_is_told(tiny_demo: Path) -> None:
+    """A random model's share of its unpruned accuracy is left out, not divided by zero."""
+    numbers = ["--pictures", "1", "--clips", "0", "--easy-vqa", "0"]
+    ran = invoke(app, ["demo", "evaluate", "--model", str(tiny_demo), *numbers])
+    assert ran.exit_code == 0, ran.output
+    assert "1 subjects, 10 questions" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(["evaluate", option, "-1"] for option in ("--pictures", "--clips", "--easy-vqa")),
+        *(["train", "folder", option, "-1"] for option in ("--steps", "--workers")),
+    ],
+)
+def test_numbers_below_zero_are_usage_errors(options: list[str]) -> None:
+    """Said by name, before anything is loaded."""
+    ran = invoke(app, ["demo", *options])
+    assert ran.exit_code == 2
+    assert options[-2] in ran.stderr
+
+
+def test_a_checkpoint_that_is_no_demo_is_not_evaluated(checkpoint: Path) -> None:
+    """One line, no traceback."""
+    ran = invoke(app, ["demo", "evaluate", "--model", str(checkpoint)])
+    assert ran.exit_code == 2
+    assert "no demo model" in ran.stderr
+
+
+@pytest.mark.parametrize(("name", "frames"), [("a.PNG", 1), ("a.gif", 8), ("a.GIF", 8)])
+def test_what_is_drawn_follows_the_ending(tmp_path: Path, name: str, frames: int) -> None:
+    """A scene or a clip, however the ending is written."""
+    ran = invoke(app, ["demo", "draw", str(tmp_path / name)])
+    assert ran.exit_code == 0, ran.output
+    assert getattr(Image.open(tmp_path / name), "n_frames", 1) == frames
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a.psd", "a"])
+def test_what_cannot_be_drawn_is_one_line(tmp_path: Path, name: str) -> None:
+    """No picture format, one that is only read, and none at all."""
+    ran = invoke(app, ["demo", "draw", str(tmp_path / name)])
+    assert ran.exit_code == 2
+    assert ran.stderr == f"error: Cannot draw {name}: a .png is a scene, a .gif a clip.\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "no JSON object"),
+        (b"[1]", "no JSON object"),
+        (b"\xff", "no JSON object"),
+        (b'{"stepz": 1}', "has no stepz"),
+        (b'{"steps": "many"}', "steps is of type int"),
+    ],
+)
+def test_a_recipe_that_is_none_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    """Named, with what is wrong, before anything is fetched."""
+    file = tmp_path / "r.json"
+    file.write_bytes(content)
+    ran = invoke(app, ["demo", "train", str(tmp_path / "run"), "--recipe", str(file)])
+    assert ran.exit_code == 2
+    assert ran.stderr.startswith(f"error: {file}")
+    assert message in ran.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_start_is_the_regression_that_it_was_solved_for() -> None:

@@ -146,6 +146,7 @@ def test_questions_are_grouped_by_picture_in_order(tmp_path: Path) -> None:
     """Lines about one picture need not stand together; paths are relative to the file."""
     (tmp_path / "images").mkdir()
     picture(1).save(tmp_path / "images" / "one.png")
+    picture(2).save(tmp_path / "two.png")
     rows = [
         {"image": "images/one.png", "question": "a?", "answer": "1"},
         {"image": "two.png", "question": "b?", "answer": "2", "group": "count"},
@@ -176,6 +177,25 @@ def test_a_line_that_is_no_question_is_named(tmp_path: Path, line: str) -> None:
     path.write_text('{"image": "a.png", "question": "?", "answer": "!"}\n' + line + "\n")
     with pytest.raises(InvalidOptionError, match=r"questions\.jsonl, line 2"):
         list(read_subjects(path))
+
+
+def test_a_line_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    """Told from one that is no question."""
+    path = tmp_path / "questions.jsonl"
+    path.write_bytes(b'\n{"image": "a.png", "question": "\xe4?", "answer": "!"}\n')
+    with pytest.raises(InvalidOptionError, match=r"questions\.jsonl, line 2 is not UTF-8"):
+        list(read_subjects(path))
+
+
+def test_a_picture_that_is_missing_is_told_before_the_first_is_asked_about(tmp_path: Path) -> None:
+    """By the first line that names it; those beyond the limit need not be there."""
+    picture(1).save(tmp_path / "one.png")
+    rows = [{"image": name, "question": "?", "answer": "!"} for name in ("one.png", "two.png", "two.png")]
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InvalidOptionError, match=r"questions\.jsonl, line 2: there is no file .*two\.png"):
+        next(read_subjects(path))
+    assert [one.name for one in read_subjects(path, limit=1)] == ["one.png"]
 
 
 def test_every_method_is_compared_at_every_budget(vlm: PrunedVLM) -> None:
@@ -291,6 +311,34 @@ def test_a_run_resumes_where_it_was_cut_off(vlm: PrunedVLM, tmp_path: Path) -> N
     assert len(path.read_text().splitlines()) == 6
 
 
+@pytest.mark.parametrize(
+    "lines",
+    [
+        '{"image": "a"}\n',
+        "[]\n",
+        "{}\n",
+        "\n",
+        "words",
+        '{"image": "a"}',
+        '{"of": ["a"], "right": 1, "kept": {}}\n',
+    ],
+)
+@pytest.mark.parametrize("results", [0, 2])
+def test_a_file_of_anything_else_is_not_taken_for_results(
+    vlm: PrunedVLM, tmp_path: Path, results: int, lines: str
+) -> None:
+    """The line is named and the file stays as it was, also where its last line has no end."""
+    path = tmp_path / "results.jsonl"
+    path.touch()
+    if results:
+        last(compare(vlm, "t", [subject(0)], [ALL, ("prism", 4)], marker=marked(True, True), results=path))
+    content = path.read_text() + lines
+    path.write_text(content)
+    with pytest.raises(InvalidOptionError, match=rf"{path}, line {results + 1} is no result of compare"):
+        next(compare(vlm, "t", [subject(0)], [ALL], marker=marked(True, True), results=path))
+    assert path.read_text() == content
+
+
 def test_results_of_other_questions_or_models_are_not_taken_over(vlm: PrunedVLM, tmp_path: Path) -> None:
     """A picture whose questions changed is asked anew; one file may hold several models' results."""
     path = tmp_path / "results.jsonl"
@@ -376,6 +424,11 @@ def test_the_interval_of_a_difference_holds_it_as_often_as_it_says() -> None:
         _, low, high = paired_difference(right.tolist(), reference.tolist(), asked.tolist())
         held += low <= 0.1 <= high
     assert 0.91 * 400 <= held <= 0.98 * 400
+
+
+def test_no_questions_tell_nothing_of_a_difference() -> None:
+    """However many pictures there are."""
+    assert paired_difference([0] * 12, [0] * 12, [0] * 12) == (0.0, -1.0, 1.0)
 
 
 @pytest.mark.parametrize("pictures", [1, 2, 9])
@@ -495,6 +548,37 @@ def test_the_command_writes_no_file_over_another(tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "a file of their own" in done.output
     assert kept.read_text() == "of an earlier run\n"
+
+
+@pytest.mark.parametrize("option", ["--results", "--answers", "--csv", "--plot"])
+@pytest.mark.parametrize("name", ["itself", "symlink", "hard link"])
+def test_the_command_writes_nothing_over_the_questions(tmp_path: Path, option: str, name: str) -> None:
+    """By whatever name they are given; nothing is cut off a file without a last line's end either."""
+    questions = write_questions(tmp_path)
+    questions = questions.rename(tmp_path / "asked.png")  # an ending that a plot may have
+    questions.write_text(questions.read_text().rstrip())
+    content, target = questions.read_text(), tmp_path / "other.png"
+    if name == "symlink":
+        target.symlink_to(questions)
+    elif name == "hard link":
+        target.hardlink_to(questions)
+    else:
+        target = tmp_path / "." / "asked.png"
+    command = ["compare", str(questions), "--model", str(tmp_path / "none"), option, str(target)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "a file of their own" in done.output
+    assert questions.read_text() == content
+
+
+def test_results_that_are_none_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    """There is none at that place."""
+    results = tmp_path / "r.jsonl"
+    results.write_text('{"image": "a.png"}\n')
+    command = ["compare", str(write_questions(tmp_path)), "--model", str(tmp_path / "none")]
+    done = CliRunner().invoke(app, [*command, "--results", str(results)])
+    assert done.exit_code == 2
+    assert done.stderr == f"error: {results}, line 1 is no result of compare.\n"
 
 
 def test_the_command_refuses_an_empty_file(tmp_path: Path) -> None:
