@@ -11,6 +11,8 @@ import logging
 import threading
 import time
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, Self, TypeVar
 
@@ -21,7 +23,7 @@ from worker.line import Line
 from worker.stops import Stop, StopReason, result_within
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from contextlib import AbstractContextManager
 
     from prismprune.caching import EncodingCache
@@ -37,6 +39,12 @@ MOST_PADDING = 2
 """A request's questions take the room of the longest each: so many times their own is too much, if it is more
 than others together may take."""
 LATE = "The deadline passed before the answer was complete."
+_TAKING_IN: ContextVar[Sequence[Ticket]] = ContextVar("tickets", default=())
+"""Whose media or prompts this thread, or a lane of its, computes."""
+
+
+class _AbandonedError(Exception):
+    """What is computed is for nobody any more."""
 
 
 class Pending(Protocol):
@@ -235,7 +243,7 @@ class Engine(Generic[M]):
         self._limits = limits
         self._cache = cache
         self._overlaps = overlap
-        self._overlap = False
+        self._overlap = self._interruptible = False
         self._beside: torch.cuda.Stream | None = None
         self._on_batch = on_batch
         self._on_death = on_death
@@ -268,9 +276,15 @@ class Engine(Generic[M]):
         return 0.0 if since is None else time.monotonic() - since
 
     def progress(self) -> None:
-        """The batch at work has come a step further: a token, or a layer of the model."""
+        """The batch at work has come a step further: a token, or a layer of the model.
+
+        Raises where all for whom that is done are over: many or long prompts take a CPU minutes. On CUDA,
+        where it is done in seconds, a layer may be in the middle of a recording.
+        """
         if self._progress_at is not None:
             self._progress_at = time.monotonic()
+        if self._interruptible and (tickets := _TAKING_IN.get()) and all(each.over for each in tickets):
+            raise _AbandonedError
 
     def model(self) -> M:
         """Waits for the warm model; raises what loading it raised."""
@@ -307,6 +321,7 @@ class Engine(Generic[M]):
         try:
             self._session = self._new_session()
             self._overlap, self._beside = self._overlaps(model := self._model.result()), _stream(model)
+            self._interruptible = model.device.type == "cpu"
             while self._working or self._ahead or self._ready or not self._line.closed:
                 self._go_on()
         except BaseException as error:  # noqa: BLE001 - SystemExit too: without this thread nothing is answered
@@ -377,7 +392,11 @@ class Engine(Generic[M]):
 
     def _in_parts(self, batch: Sequence[Ticket], failure: Exception) -> None:
         """Takes in those that failed together; who fails alone is told."""
-        if len(batch) > 1:
+        waited_for = [ticket for ticket in batch if not _told_over(ticket)]
+        if len(waited_for) < len(batch):  # it may be of the others that they failed
+            if waited_for:
+                self._join(waited_for)
+        elif len(batch) > 1:
             for part in _parts(batch, failure):
                 self._join(part)
         elif _out_of_memory(failure) and self._made_room(batch[0]):
@@ -426,7 +445,8 @@ class Engine(Generic[M]):
             return None
         work = [each.joining(count) for each in joining]  # before their prefill, which is their own time
         try:
-            self._session.join([each.request for each in joining])
+            with _taking_in([each.ticket for each in joining]):
+                self._session.join([each.request for each in joining])
         except Exception as error:  # noqa: BLE001 - as in `_taken_in`
             return [each.ticket for each in joining], _kept(error)
         self._working += work
@@ -443,7 +463,8 @@ class Engine(Generic[M]):
             done, self._ahead = self._ahead, None
             return done.result()
         began = time.monotonic()
-        return self._session.encode([ticket.request for ticket in batch]), began
+        with _taking_in(batch):
+            return self._session.encode([ticket.request for ticket in batch]), began
 
     def _made_room(self, ticket: Ticket) -> bool:
         """Let who is at work finish, and drop what is kept only to be faster; False if there was neither.
@@ -519,6 +540,15 @@ class Engine(Generic[M]):
     def _finish(self) -> None:
         while self._working:
             self._step()
+
+
+@contextmanager
+def _taking_in(tickets: Sequence[Ticket]) -> Iterator[None]:
+    token = _TAKING_IN.set(tickets)
+    try:
+        yield
+    finally:
+        _TAKING_IN.reset(token)
 
 
 def _stream(model: Model) -> torch.cuda.Stream | None:

@@ -47,7 +47,7 @@ class Scripted:
     `gate` holds whoever joins until it is set, `sight` whoever's media are looked at; `batches` lists the
     questions of each joining, `steps` counts; of more than `fits()` requests at once it says that memory is
     short, and in a step while they are `crowded()`; each takes `tokens_each` tokens. `on_encode` is called
-    with each request whose media are looked at.
+    with each request whose media are looked at, `on_join` with the questions that join.
     """
 
     device = torch.device("cpu")
@@ -64,6 +64,7 @@ class Scripted:
         self.tokens_each = 1
         self.crowded: Callable[[], bool] = lambda: False
         self.on_encode: Callable[[VisualRequest], None] = lambda _: None
+        self.on_join: Callable[[list[str]], None] = lambda _: None
 
     def session(self, cache: EncodingCache | None = None) -> ScriptedSession:
         return ScriptedSession(self, cache)
@@ -125,6 +126,7 @@ class ScriptedSession:
         script.batches.append([question for request in requests for question in request.questions])
         script.entered.set()
         assert script.gate.wait(30)
+        script.on_join(script.batches[-1])
         self.pending += requests
         for one in self.pending:
             one.shared_with = max(one.shared_with, len(self.pending) - 1)

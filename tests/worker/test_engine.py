@@ -210,6 +210,52 @@ def test_a_prefill_is_no_time_in_the_line() -> None:
         assert waiting.answered().began >= until
 
 
+@pytest.mark.parametrize("stage", ["encode", "join"])
+@pytest.mark.parametrize("end", ["late", "canceled"])
+def test_what_nobody_waits_for_any_longer_is_not_computed_to_its_end(stage: str, end: str) -> None:
+    """Between two layers; who shared it is answered, without those who left."""
+    model = Scripted()
+    with engine(model) as running:
+
+        def layers(asked: Any) -> None:
+            questions = asked if stage == "join" else list(asked.questions)
+            while "endless" in questions and len(questions) == 1:
+                time.sleep(0.001)
+                running.progress()
+
+        setattr(model, f"on_{stage}", layers)
+        ticket = ask(running, "endless", deadline_s=0.1 if end == "late" else 60)
+        if end == "canceled":
+            time.sleep(0.05)
+            ticket.cancel()
+        with pytest.raises(DeadlineExceededError if end == "late" else StoppedError):
+            ticket.answered()
+        ticket.let_go()
+        with pytest.raises(DeadlineExceededError if end == "late" else StoppedError):
+            ticket.future.result(0)
+        assert ask(running, "next").answered().answers[0].text == "next"
+
+
+def test_what_somebody_waits_for_is_computed_to_its_end() -> None:
+    """Of two that share a prefill one is canceled in the middle."""
+    model = Scripted()
+    with engine(model) as running:
+        hold(model, running)
+        gone, stays = ask(running, "gone"), ask(running, "stays")
+
+        def layers(questions: list[str]) -> None:
+            if "gone" in questions:
+                gone.cancel()
+                running.progress()
+
+        model.on_join = layers
+        model.gate.set()
+        assert stays.answered().answers[0].text == "stays"
+        with pytest.raises(StoppedError):
+            gone.answered()
+    assert model.batches == [["held"], ["gone", "stays"]]
+
+
 def test_neighbors_are_counted() -> None:
     """Three that join together: each had two beside it."""
     model = Scripted()
