@@ -5,7 +5,7 @@ No question takes part, so one encoding serves every question about its media.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -21,7 +21,7 @@ from prismprune.results import PartMap, Timings, VisualTokens
 from prismprune.selection import Scores, Selection, Selector, selector
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -317,13 +317,12 @@ def _encoded(
     token_map = tuple(_part_map(part) for part in parts)
     newlines = sum(visual.newlines for visual in visuals)
     visual_tokens = replace(_visual_tokens(request, parts, token_map), newlines=newlines)
-    silent = request.budget.is_all or visual_tokens.method != NOT_PRUNED
     return EncodedMedia(
         visuals=visuals,
         visual_tokens=visual_tokens,
         token_map=token_map,
         timings=replace(shared, decode_ms=sum(media.decode_ms for media in request.media)),
-        warnings=() if silent else (_why_nothing(request.budget, visual_tokens.original),),
+        warnings=tuple(_warnings(request.budget, visual_tokens, token_map)),
     )
 
 
@@ -341,6 +340,22 @@ def _visual_tokens(
         budget=None if budget.is_all else budget.tokens or kept,  # a ratio's is what it came to
         method=NOT_PRUNED if all(part.keep is None for part in parts) else request.method,
     )
+
+
+def _warnings(
+    budget: TokenBudget, visual_tokens: VisualTokens, token_map: Sequence[PartMap]
+) -> Iterator[str]:
+    """What may surprise of a budget: that it prunes nothing, or leaves nothing of a picture or a frame."""
+    if visual_tokens.method == NOT_PRUNED:
+        if not budget.is_all:
+            yield _why_nothing(budget, visual_tokens.original)
+        return
+    left = Counter[tuple[int, int | None]]()
+    for part in token_map:
+        left[part.media, part.frame] += len(part.kept)
+    if unseen := sum(count == 0 for count in left.values()):
+        kinds = "frames and pictures" if any(part.frame is not None for part in token_map) else "pictures"
+        yield f"{unseen} of {len(left)} {kinds} have none of the {visual_tokens.kept} visual tokens kept"
 
 
 def _why_nothing(budget: TokenBudget, original: int) -> str:

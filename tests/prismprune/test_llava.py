@@ -210,6 +210,13 @@ def test_a_budget_that_prunes_nothing_says_so(vlm: PrunedVLM, budget: dict[str, 
     assert encoded.token_map[0].kept == tuple(range(PATCHES))
 
 
+def test_a_budget_too_small_for_every_picture_says_so(vlm: PrunedVLM) -> None:
+    """The model sees nothing of some; who has a token each needs no warning."""
+    pictures = [picture(noise) for noise in range(3)]
+    assert vlm.encode(pictures, 2).warnings == ("1 of 3 pictures have none of the 2 visual tokens kept",)
+    assert vlm.encode(pictures, 3).warnings == ()
+
+
 def test_no_budget_needs_no_warning(vlm: PrunedVLM) -> None:
     """Who asks for all tokens gets them without a word."""
     encoded = vlm.encode(picture())
