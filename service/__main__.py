@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import sys
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 
 from service import logs
 from service.app import create_app
+from service.heads import bounded
 from service.keys import WHY_NOT, may_listen
 from service.settings import ServiceSettings
 from worker.contract import complaints
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
     from service.context import Context
 
+LAST_WORDS_S = 1.0
+"""So long before the grace ends those who wait are told that the server stops."""
+
 
 def server(settings: ServiceSettings) -> uvicorn.Server:
     """The server of one process, without an access log: `service.middleware` writes one line a request."""
@@ -30,27 +35,42 @@ def server(settings: ServiceSettings) -> uvicorn.Server:
         app,
         host=settings.host,
         port=settings.port,
+        http=bounded(settings),
         log_config=None,
         access_log=False,
         server_header=False,
         limit_concurrency=settings.max_connections,
         timeout_graceful_shutdown=settings.grace_s,
     )
-    return _Server(config, app, settings.max_connections)
+    return _Server(config, app, settings)
 
 
 class _Server(uvicorn.Server):
-    """Has its connections on the metrics page: what it refuses for their number never reaches `app`."""
+    """Has its connections on the metrics page: what it refuses for their number never reaches `app`.
 
-    def __init__(self, config: uvicorn.Config, app: FastAPI, limit: int) -> None:
+    Told to exit, it has those who wait answered before uvicorn cuts them off.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: FastAPI, settings: ServiceSettings) -> None:
         super().__init__(config)
         self._app = app
-        self._limit = limit
+        self._settings = settings
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         here: Context = self._app.state.context
-        here.metrics.watch_connections(lambda: len(self.server_state.connections), self._limit)
+        here.metrics.watch_connections(
+            lambda: len(self.server_state.connections), self._settings.max_connections
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        here: Context = self._app.state.context
+        left_s = max(self._settings.grace_s - LAST_WORDS_S, 0)
+        telling = asyncio.get_running_loop().call_later(left_s, here.jobs.stop_waiting)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            telling.cancel()
 
 
 def main() -> int:

@@ -18,6 +18,7 @@ from service.errors import InvalidRequestError, problem_details
 from service.events import EVENT_STREAM, HEADERS, sent, unless_hung_up, waited_for
 from service.idempotency import MAX_KEY
 from service.ids import new_id
+from service.jobs import StoppedWaitingError
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import RETRY, answer_body, problems
 from service.schemas import JobView
@@ -60,7 +61,7 @@ async def answer(
     request: Request,
     here: Here,
     caller: CallerHere,
-    prefer: Annotated[str, Header()] = "",
+    prefer: Annotated[tuple[str, ...], Header()] = (),
     idempotency_key: IdempotencyKey = None,
 ) -> Response:
     """Waits for the answer, at most `timeout_s`; then, or at once with `Prefer: respond-async`, 202.
@@ -68,7 +69,7 @@ async def answer(
     With `stream: true` the job's events as they happen, its result in the last. A caller who hangs up cancels
     the job, unless it sent an `Idempotency-Key` or `respond-async`.
     """
-    at_once = "respond-async" in {each.strip().lower() for each in prefer.split(",")}
+    at_once = "respond-async" in _preferences(prefer)
     with here.metrics.counting_rejections():
         async with answer_request(request) as asked:
             record = await accept(request, here, caller, asked, key=idempotency_key, followed=at_once)
@@ -79,11 +80,16 @@ async def answer(
         kept = events if at_once or idempotency_key else unless_hung_up(here, record, events)
         return EventSourceResponse(kept, headers={"Location": f"/v1/jobs/{record.id}", **HEADERS})
     if not at_once:
-        wait_s = here.settings.timeout_s if timeout_s is None else timeout_s
+        wait_s = default_wait_s(here.settings) if timeout_s is None else timeout_s
         wait = (
-            here.jobs.wait(record, wait_s) if idempotency_key else waited_for(request, here, record, wait_s)
+            here.jobs.wait(record, wait_s)
+            if idempotency_key
+            else waited_for(request, here, record, wait_s, findable=True)
         )
-        record = await wait
+        try:
+            record = await wait
+        except StoppedWaitingError as stopped:
+            record = stopped.record
     if record.state.terminal:
         return JSONResponse(record.outcome())
     headers = {"Location": f"/v1/jobs/{record.id}", "Retry-After": str(POLL_AFTER_S)}
@@ -124,7 +130,13 @@ async def accept(
     """
     _check_limits(asked, here.settings)
     async with here.media.intake(asked, caller) as intakes:
-        job = _job(asked, intakes, here.settings, request.state.request_id, stream=asked.stream or followed)
+        job = _job(
+            _lowered(asked, here.settings),
+            intakes,
+            here.settings,
+            request.state.request_id,
+            stream=asked.stream or followed,
+        )
         same = _fingerprint(request.url.path, asked, intakes)
         async with here.idempotency.once(caller.owner, key, same, job.id) as existing:
             if existing is not None:
@@ -153,16 +165,43 @@ def _fingerprint(route: str, asked: AnswerRequest, intakes: tuple[Intake, ...]) 
 
 
 def _check_limits(asked: AnswerRequest, settings: ServiceSettings) -> None:
-    """What the operator may set; the contract's own ranges are checked already."""
+    """What the operator may set, of what was sent; the contract's own ranges are checked already."""
+    tokens_sent = "max_new_tokens" in asked.model_fields_set
+    frames_sent = asked.video is not None and "num_frames" in asked.sampling.model_fields_set
     for field, value, limit in (
         ("questions", len(asked.all_questions), settings.max_questions),
-        ("max_new_tokens", asked.max_new_tokens, settings.max_new_tokens),
-        ("sampling.num_frames", asked.sampling.num_frames, settings.max_sampled_frames),
-        ("timeout_s", asked.timeout_s or 0, settings.max_timeout_s),
-        ("deadline_s", asked.deadline_s or 0, settings.max_deadline_s),
+        ("max_new_tokens", asked.max_new_tokens if tokens_sent else None, settings.max_new_tokens),
+        (
+            "sampling.num_frames",
+            asked.sampling.num_frames if frames_sent else None,
+            settings.max_sampled_frames,
+        ),
+        ("timeout_s", asked.timeout_s, settings.max_timeout_s),
+        ("deadline_s", asked.deadline_s, settings.max_deadline_s),
     ):
-        if value > limit:
+        if value is not None and value > limit:
             raise InvalidRequestError(f"{field}: at most {limit:g} here")
+
+
+def _lowered(asked: AnswerRequest, settings: ServiceSettings) -> AnswerRequest:
+    """With what was not sent within the operator's limits, which may lie below a default."""
+    frames = min(asked.sampling.num_frames, settings.max_sampled_frames)
+    return asked.model_copy(
+        update={
+            "max_new_tokens": min(asked.max_new_tokens, settings.max_new_tokens),
+            "sampling": asked.sampling.model_copy(update={"num_frames": frames}),
+        }
+    )
+
+
+def default_wait_s(settings: ServiceSettings) -> float:
+    """How long a call waits that does not say."""
+    return min(settings.timeout_s, settings.max_timeout_s)
+
+
+def _preferences(lines: tuple[str, ...]) -> set[str]:
+    """The names of the preferences of all `Prefer` lines, without their parameters (RFC 7240, section 2)."""
+    return {each.partition(";")[0].strip().lower() for line in lines for each in line.split(",")}
 
 
 def _job(
@@ -174,6 +213,7 @@ def _job(
     stream: bool,
 ) -> AnswerJob:
     now = time.time()
+    deadline_s = settings.deadline_s if asked.deadline_s is None else asked.deadline_s
     return AnswerJob(
         id=new_id("job"),
         request_id=request_id,
@@ -190,7 +230,7 @@ def _job(
         include=asked.include,
         stream=stream,
         created_at=now,
-        deadline_at=now + (settings.deadline_s if asked.deadline_s is None else asked.deadline_s),
+        deadline_at=now + min(deadline_s, settings.max_deadline_s),
     )
 
 

@@ -71,6 +71,7 @@ def create_app(settings: ServiceSettings | None = None) -> FastAPI:
         title="PrismPrune",
         version=VERSION,
         lifespan=lifespan,
+        redirect_slashes=False,  # it would send callers to whatever host they name
         openapi_url=None,  # `pages` has it, and /docs: FastAPI's own takes its scripts from another host
         telemetry=NO_TELEMETRY,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from python_multipart.multipart import parse_options_header
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from service.errors import (
     BodyTooLargeError,
@@ -22,10 +22,10 @@ from service.errors import (
 )
 from service.long_texts import taken_out
 from service.media import room_on_disk
-from service.schemas import MAX_TEXT, MEDIA_KINDS, AnswerRequest
+from service.schemas import MAX_TEXT, TAGS, AnswerRequest
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Iterable
 
     from pydantic_core import ErrorDetails
     from starlette.datastructures import FormData, UploadFile
@@ -68,18 +68,25 @@ async def answer_request(request: Request) -> AsyncIterator[AnswerRequest]:
     if kind == MULTIPART:
         async with form(request) as fields:
             yield _from_form(fields)
-    elif kind == "application/json" or kind.endswith("+json"):
+    elif _is_json(kind):
         asked, data_uris = await from_json(request, AnswerRequest)
         yield asked.with_media(data_uris)
     else:
         raise UnsupportedMediaError("Send the body as application/json or multipart/form-data.")
 
 
+def _is_json(kind: str) -> bool:
+    return kind == "application/json" or kind.endswith("+json")
+
+
 async def from_json(request: Request, model: type[M]) -> tuple[M, dict[str, DataUri]]:
     """The validated body, and what the stand-ins of its long data URIs stand for.
 
-    Raises `BodyTooLargeError` for one of so many values that to parse it would take seconds.
+    Raises `UnsupportedMediaError` for a body that is declared as anything but JSON, and `BodyTooLargeError`
+    for one of so many values that to parse it would take seconds.
     """
+    if not _is_json(content_type(request.headers.get("content-type"))):
+        raise UnsupportedMediaError("Send the body as application/json.")
     try:
         rest, data_uris = taken_out(await _read(request), MAX_TEXT + 1)  # so that no other text may be one
         return model.model_validate_json(rest), data_uris
@@ -101,20 +108,32 @@ async def _read(request: Request) -> bytearray:
     return body
 
 
+class _Parser(MultiPartParser):
+    """Knows whether the closing boundary came: without it the last part is left out, and nothing says so."""
+
+    ended = False
+
+    def on_end(self) -> None:
+        self.ended = True
+
+
 @asynccontextmanager
 async def form(request: Request) -> AsyncIterator[FormData]:
     """The parts of a multipart body; its files are open until the context ends."""
     _, parameters = parse_options_header(request.headers["content-type"])
     if parameters.get(b"charset", CHARSETS[0]).lower() not in CHARSETS:
         raise MalformedBodyError(f"The charset of {MULTIPART} may be {b', '.join(CHARSETS).decode()}.")
+    parser = _Parser(request.headers, request.stream(), max_files=MAX_PARTS, max_fields=MAX_PARTS)
     try:
         with room_on_disk():
-            parts = await request.form(max_files=MAX_PARTS, max_fields=MAX_PARTS)
-    except HTTPException:
+            parts = await parser.parse()
+    except MultiPartException:
         raise MalformedBodyError(
             f"The body is not valid {MULTIPART}, has more than {MAX_PARTS} parts, or a text field over 1 MiB."
         ) from None
     try:
+        if not parser.ended:
+            raise MalformedBodyError(f"The body is not valid {MULTIPART}: its closing boundary is missing.")
         yield parts
     finally:
         await parts.close()
@@ -155,7 +174,9 @@ def _form_value(name: str, value: str | UploadFile) -> Any:
 
 def refusal(error: ValidationError) -> ServiceError:
     """The error that names the fields at fault."""
-    details = error.errors(include_url=False, include_input=False)
+    found = error.errors(include_url=False, include_input=False)
+    wrong = {detail["loc"] for detail in found}
+    details = [each for each in found if each["type"] != "too_short" or not _has_below(wrong, each["loc"])]
     first = details[0]
     if first["type"] == "json_invalid":
         return MalformedBodyError(f"The body is not valid JSON: {first['ctx']['error']}.")
@@ -163,8 +184,15 @@ def refusal(error: ValidationError) -> ServiceError:
     return _NAMED_ERRORS.get(name, InvalidRequestError)("; ".join(map(_readable, details[:3])))
 
 
+def _has_below(wrong: Iterable[tuple[int | str, ...]], place: tuple[int | str, ...]) -> bool:
+    """Whether an item of the list at `place` is wrong; pydantic then finds the list too short as well."""
+    return any(len(each) > len(place) and each[: len(place)] == place for each in wrong)
+
+
 def _readable(detail: ErrorDetails) -> str:
     """`sampling.num_frames: Input should be ...`."""
     message = "is not a known field" if detail["type"] == "extra_forbidden" else detail["msg"]
-    path = ".".join(str(part)[:64] for part in detail["loc"] if part not in MEDIA_KINDS)
+    if detail["type"] in ("too_short", "too_long"):
+        message = message.replace("Tuple", "List").replace(" after validation", "")
+    path = ".".join(str(part)[:64] for part in detail["loc"] if part not in TAGS)
     return f"{path}: {message}" if path else message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastapi import APIRouter
@@ -11,15 +12,15 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request  # noqa: TC002 (fastapi reads the annotations at run time)
 from starlette.responses import JSONResponse, Response
 
-from service.answer import IdempotencyKey, accept
+from service.answer import IdempotencyKey, accept, default_wait_s
 from service.body import from_json, refusal
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
-from service.errors import DeadlineError, openai_error
+from service.errors import DeadlineError, ServiceError, openai_error
 from service.events import HEADERS, unless_hung_up, waited_for
 from service.examples import chat_examples
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import openai_problems
-from service.schemas import ChatRequest
+from service.schemas import ChatRequest, OpenAIError
 from worker.contract import EventName, JobState, Memory, Problem, Timings, Usage, VisualTokens
 
 if TYPE_CHECKING:
@@ -37,6 +38,10 @@ SAID_OTHERWISE = Problem(
     detail="The worker was lost while it answered, and the next one's answer began otherwise; ask again.",
 )
 """Only where the temperature is not 0: what was sent cannot be taken back."""
+
+
+_OWN_NAMES = re.compile(r"(?:^|(?<=; ))(?:max_new_tokens|question|system|images?|images\.\d+|video)(?=[.:])")
+"""Fields of the `AnswerRequest` that a chat becomes, where an error names them and its caller sent others."""
 
 
 class Reply(BaseModel):
@@ -112,26 +117,43 @@ async def complete(
 
     A caller who hangs up cancels the job, unless it sent an `Idempotency-Key`.
     """
-    with here.metrics.counting_rejections():
-        chat, data_uris = await from_json(request, ChatRequest)
-        try:
-            asked = chat.asked().with_media(data_uris)
-        except ValidationError as error:
-            raise refusal(error) from None
-        record = await accept(request, here, caller, asked, key=idempotency_key, followed=False)
+    chat = None
+    try:
+        with here.metrics.counting_rejections():
+            chat, data_uris = await from_json(request, ChatRequest)
+            try:
+                asked = chat.asked().with_media(data_uris)
+            except ValidationError as error:
+                raise refusal(error) from None
+            record = await accept(request, here, caller, asked, key=idempotency_key, followed=False)
+    except ServiceError as error:
+        return _refused(error, chat)
     del asked, data_uris  # its media, while the caller waits
     if chat.stream:
         chunks = _chunks(here, record, chat)
         kept = chunks if idempotency_key else unless_hung_up(here, record, chunks)
         return EventSourceResponse(kept, headers=HEADERS)
-    wait_s = here.settings.timeout_s
+    wait_s = default_wait_s(here.settings)
     wait = here.jobs.wait(record, wait_s) if idempotency_key else waited_for(request, here, record, wait_s)
     record = await wait
     if not record.state.terminal:
         record = await here.jobs.cancel(record)  # its end may have come before that
         if record.state is JobState.CANCELED or not record.state.terminal:
-            raise DeadlineError(f"No answer within {here.settings.timeout_s:g} s; the job was canceled.")
+            raise DeadlineError(f"No answer within {wait_s:g} s; the job was canceled.")
     return JSONResponse(_completion(record, record.outcome(), chat.model))
+
+
+def _refused(error: ServiceError, chat: ChatRequest | None) -> JSONResponse:
+    """`error` in the words of the request, with the field at fault, which its message begins with."""
+    told = OpenAIError.model_validate(openai_error(error))
+    if chat is not None:
+        tokens = "max_tokens" if chat.max_completion_tokens is None else "max_completion_tokens"
+        told.error.message = _OWN_NAMES.sub(
+            lambda found: tokens if found[0] == "max_new_tokens" else "messages", told.error.message
+        )
+    name = re.match(r"[a-z_]+(?=[.:])", told.error.message)
+    told.error.param = name[0] if name and name[0] in ChatRequest.model_fields else None
+    return JSONResponse(told.model_dump(), status_code=error.status, headers=error.headers)
 
 
 def _completion(record: JobRecord, result: dict[str, Any], model: str) -> dict[str, Any]:

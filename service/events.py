@@ -13,7 +13,7 @@ from starlette.responses import StreamingResponse
 
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import CallerGoneError, InvalidRequestError, problem_details
-from service.jobs import START
+from service.jobs import START, STOPPING, StoppedWaitingError
 from service.keys import CallerHere  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.openapi import problems
 from worker.contract import EventName, JobState
@@ -80,12 +80,17 @@ def _is_entry_id(text: str) -> bool:
 
 
 async def sent(here: Context, record: JobRecord, after: str = START) -> AsyncGenerator[bytes, None]:
-    """The job's events in the wire's format, with a comment now and then that keeps the line open."""
+    """The job's events in the wire's format, with a comment now and then that keeps the line open.
+
+    Ends without an end where the server stops: the reader goes on elsewhere, after the last id.
+    """
     async for event in here.jobs.follow(record, after):
         if event is None:
             yield KEEPALIVE_COMMENT
         elif event.ends:
             ended = await here.jobs.ended(record)  # not what the event says, where the job is lost since
+            if ended.error is STOPPING:
+                return
             yield format_sse_event(
                 event=EventName.of_end(ended.state), data_str=_outcome(here, ended), id=event.id
             )
@@ -107,8 +112,13 @@ async def unless_hung_up(
             here.jobs.cancel_soon(record)
 
 
-async def waited_for(request: Request, here: Context, record: JobRecord, timeout_s: float) -> JobRecord:
-    """As `Jobs.wait`; a caller who hangs up meanwhile cancels the job. Raises `CallerGoneError` then."""
+async def waited_for(
+    request: Request, here: Context, record: JobRecord, timeout_s: float, *, findable: bool = False
+) -> JobRecord:
+    """As `Jobs.wait`; a caller who hangs up meanwhile cancels the job. Raises `CallerGoneError` then.
+
+    findable: the caller is told where the job is if the server stops; else that cancels it, too.
+    """
     waiting = asyncio.ensure_future(here.jobs.wait(record, timeout_s))
     leaving = asyncio.ensure_future(_gone(request))
     try:
@@ -117,6 +127,10 @@ async def waited_for(request: Request, here: Context, record: JobRecord, timeout
             return waiting.result()
         here.jobs.cancel_soon(record)
         raise CallerGoneError("The caller hung up; the job was canceled.")
+    except StoppedWaitingError:
+        if not findable:
+            here.jobs.cancel_soon(record)
+        raise
     finally:
         waiting.cancel()
         leaving.cancel()

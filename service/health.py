@@ -46,18 +46,21 @@ class Health(BaseModel):
     worker: WorkerHealth
 
 
+@router.head("/livez", include_in_schema=False)
 @router.get("/livez", summary="The process lives")
 async def livez() -> dict[str, str]:
     """200 as long as the event loop turns."""
     return {"status": "ok"}
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="It accepts requests")
 async def readyz() -> dict[str, str]:
     """200 once started, whatever broker and worker do: a probe must not take every front end away."""
     return {"status": "ok"}
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get(
     "/healthz",
     summary="A question would be answered now",
@@ -90,6 +93,7 @@ async def _parts(here: Context) -> dict[str, dict[str, Any]]:
     return {"broker": {"state": "up"}, "worker": worker}
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version", summary="The build", responses=problems(401))
 async def build(here: Here) -> dict[str, str | None]:
     return {"version": VERSION, "revision": here.settings.build_revision, "python": platform.python_version()}

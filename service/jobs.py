@@ -77,6 +77,12 @@ _ENDED_WITHOUT_ERROR = {
 _FORGOTTEN = Problem(
     slug="internal-error", status=500, title="Internal error", detail="The broker has lost the job."
 )
+STOPPING = Problem(
+    slug="server-stopping",
+    status=503,
+    title="Server stopping",
+    detail="The server stops before the answer is there; ask again, with the same Idempotency-Key if any.",
+)
 _told: dict[str, float] = {}
 
 
@@ -141,6 +147,14 @@ def _without_absent(result: dict[str, Any]) -> dict[str, Any]:
         if part.get("kept") is None:
             part.pop("kept", None)
     return {name: value for name, value in result.items() if value is not None}
+
+
+class StoppedWaitingError(JobEndedError):
+    """The server stops; the job goes on."""
+
+    def __init__(self, record: JobRecord) -> None:
+        super().__init__(STOPPING)
+        self.record = record
 
 
 @asynccontextmanager
@@ -230,6 +244,26 @@ class Jobs:
         self._publishers = CapacityLimiter(PUBLISHERS)
         self._end_script = redis.register_script(_END)
         self._canceling: set[asyncio.Task[None]] = set()
+        self._waiting: set[asyncio.Event] = set()
+        self._stopping = False
+
+    def stop_waiting(self) -> None:
+        """From now on nobody waits: `wait` and `follow` look once more, and end."""
+        self._stopping = True
+        for changed in self._waiting:
+            changed.set()
+
+    @asynccontextmanager
+    async def _changes(self, record: JobRecord, *, end_only: bool = False) -> AsyncIterator[asyncio.Event]:
+        """As `JobSignals.of`; set by `stop_waiting`, too."""
+        async with self._signals.of(record.id, end_only=end_only) as changed:
+            self._waiting.add(changed)
+            if self._stopping:
+                changed.set()
+            try:
+                yield changed
+            finally:
+                self._waiting.discard(changed)
 
     async def submit(self, job: AnswerJob, owner: str) -> JobRecord:
         """Creates the job's state, then enqueues it.
@@ -291,16 +325,18 @@ class Jobs:
         return record
 
     async def wait(self, record: JobRecord, timeout_s: float) -> JobRecord:
-        """The job once it has ended, or as it stands after `timeout_s`; raises nothing."""
+        """The job once it has ended, or as it stands then. Raises `StoppedWaitingError` only."""
         if record.state.terminal or timeout_s == 0:
             return record
         wait_until = time.monotonic() + timeout_s
         # Its first signal says: subscribed, look once.
-        async with self._signals.of(record.id, end_only=True) as changed:
+        async with self._changes(record, end_only=True) as changed:
             while not record.state.terminal and (left := wait_until - time.monotonic()) > 0:
                 await _wait(changed, min(left, LOOK_AGAIN_S, max(record.late_in_s, AWAY_AGAIN_S)))
                 changed.clear()
                 record = await self.look(record)
+                if self._stopping and not record.state.terminal:
+                    raise StoppedWaitingError(record)
         return record
 
     async def cancel(self, record: JobRecord) -> JobRecord:
@@ -346,9 +382,9 @@ class Jobs:
         """The job's events after the entry `after`, to the last; None now and then while nothing happens.
 
         A broker that is away is waited for. An end that the stream no longer holds is told all the same, and
-        so is that the broker has lost the job.
+        so is that the broker has lost the job. Where the server stops it seems to end: see `ended`.
         """
-        async with self._signals.of(record.id) as changed:
+        async with self._changes(record) as changed:
             await _wait(changed, LOOK_AGAIN_S)  # its first signal says: subscribed, look once
             silent = True
             while True:
@@ -361,6 +397,9 @@ class Jobs:
                     after = event.id
                 if events and len(events) == EVENTS_AT_ONCE:
                     continue  # there may be more already
+                if self._stopping:
+                    yield Event(after, EventName.FAILED, {})
+                    return
                 if silent and not events:
                     record = await self._looked(record)
                     # Once more: the end may have come between. A broker that is away tells nothing.
@@ -400,9 +439,14 @@ class Jobs:
         return found or replace(last, state=JobState.FAILED, error=_FORGOTTEN)
 
     async def ended(self, record: JobRecord) -> JobRecord:
-        """What came of a job that has told its end. A broker that is away is waited for."""
+        """What came of a job that has told its end. A broker that is away is waited for.
+
+        Where the server stops before: failed, with `STOPPING`, which is true of the caller's wait alone.
+        """
         record = await self._looked(record)
         while not record.state.terminal:
+            if self._stopping:
+                return replace(record, state=JobState.FAILED, error=STOPPING)
             await asyncio.sleep(AWAY_AGAIN_S)
             record = await self._looked(record)
         return record

@@ -34,6 +34,8 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 OPEN = frozenset(("/livez", "/readyz")) | PATHS
 """Paths that need no key: probes have none, and a browser sends one only from a page that it has."""
 UPLOAD = "/v1/media"
+FORMS = "/v1/answer"
+"""Takes multipart besides JSON; that type is refused elsewhere, and lifts no limit there."""
 _METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
 
 
@@ -189,8 +191,8 @@ class BodyLimit:
         await self._app(scope, receive_within_limit, send)
 
     def _limit(self, path: str, headers: Headers) -> int:
-        files = path == UPLOAD or content_type(headers.get("content-type")) == MULTIPART
-        return self._settings.max_multipart_bytes if files else self._settings.max_json_bytes
+        form = path == FORMS and content_type(headers.get("content-type")) == MULTIPART
+        return self._settings.max_multipart_bytes if form or path == UPLOAD else self._settings.max_json_bytes
 
 
 async def _before(due: float, receive: Receive) -> Message:

@@ -10,14 +10,16 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
     InstanceOf,
     StringConstraints,
     Tag,
     WithJsonSchema,
     model_validator,
 )
-from pydantic.json_schema import SkipJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue, SkipJsonSchema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from starlette.datastructures import UploadFile
 
 from service.long_texts import DataUri
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
 
 MAX_TEXT = 16_384
 """Characters of a question or a system prompt; a model's own context ends long before."""
+MAX_QUESTIONS, MAX_IMAGES = 32, 8
+"""The most that the settings of those names may allow; for the document alone, which knows no settings."""
 
 
 class MediaById(BaseModel):
@@ -70,7 +74,7 @@ def _media_kind(value: Any) -> str | None:
 
 
 MEDIA_KINDS = ("data-uri", "long-data-uri", "upload", "by-id", "by-url")
-"""Tags of `Media`; pydantic puts them into the place of an error, where a caller has no use for them."""
+"""Tags of `Media`; see `TAGS`."""
 Media = Annotated[
     Annotated[str, Tag("data-uri"), Field(description="A data URI: `data:image/png;base64,...`")]
     | Annotated[MediaById, Tag("by-id")]
@@ -116,12 +120,13 @@ class AnswerRequest(Generation):
     )
     question: Annotated[Text | None, Field(description="What to ask; or `questions`.")] = None
     questions: Annotated[
-        tuple[Text, ...] | None,
+        Annotated[tuple[Text, ...], Field(json_schema_extra={"maxItems": MAX_QUESTIONS})] | None,
         Field(min_length=1, description="Several answers for one encoding of the media."),
     ] = None
     image: Annotated[Media | None, Field(description="One picture; or `images`, or `video`.")] = None
     images: Annotated[
-        tuple[Media, ...] | None, Field(min_length=1, description="Several pictures, which share the budget.")
+        Annotated[tuple[Media, ...], Field(json_schema_extra={"maxItems": MAX_IMAGES})] | None,
+        Field(min_length=1, description="Several pictures, which share the budget."),
     ] = None
     video: Annotated[Media | None, Field(description="A clip; `sampling` says which frames of it.")] = None
     token_budget: Annotated[
@@ -271,16 +276,25 @@ class VideoPart(_Strict):
     video_url: Url
 
 
-def _part_type(part: Any) -> str | None:
-    return part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+def _part_tag(part: Any) -> str:
+    """One of `PART_KINDS`, or what is none of them."""
+    return f"{part.get('type') if isinstance(part, dict) else getattr(part, 'type', None)}-part"
 
 
+def _one_or_several(value: Any) -> str | None:
+    return "as-text" if isinstance(value, str) else "as-list" if isinstance(value, (list, tuple)) else None
+
+
+PART_KINDS = ("text-part", "image_url-part", "video_url-part")
+SHAPES = ("as-text", "as-list")
+TAGS = frozenset((*MEDIA_KINDS, *PART_KINDS, *SHAPES))
+"""Pydantic puts them into the place of an error, where a caller has no use for them."""
 Part = Annotated[
-    Annotated[TextPart, Tag("text")]
-    | Annotated[ImagePart, Tag("image_url")]
-    | Annotated[VideoPart, Tag("video_url")],
+    Annotated[TextPart, Tag("text-part")]
+    | Annotated[ImagePart, Tag("image_url-part")]
+    | Annotated[VideoPart, Tag("video_url-part")],
     Discriminator(
-        _part_type,
+        _part_tag,
         custom_error_type="part",
         custom_error_message="must be of type text, image_url or video_url",
     ),
@@ -291,7 +305,14 @@ class Message(_Strict):
     """One `user` message shows media and asks; `system` and `developer` messages may come before it."""
 
     role: Literal["system", "developer", "user"]
-    content: str | tuple[Part, ...]
+    content: Annotated[
+        Annotated[str, Tag("as-text")] | Annotated[tuple[Part, ...], Tag("as-list")],
+        Discriminator(
+            _one_or_several,
+            custom_error_type="content",
+            custom_error_message="must be a text or a list of parts",
+        ),
+    ]
     name: str | None = None
 
     @property
@@ -320,6 +341,24 @@ def _as_answer(name: str) -> WithJsonSchema:
     return WithJsonSchema({key: value for key, value in schema.items() if key != "default"})
 
 
+class _Neutral:
+    """Of a field that asks for what is not here: null, or one of `values`, which ask for nothing."""
+
+    def __init__(self, *values: Any) -> None:
+        self._values = (None, *values)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._checked, handler(source))
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, __: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {"enum": list(self._values)}
+
+    def _checked(self, value: Any) -> Any:
+        if value not in self._values:
+            raise PydanticCustomError("unsupported", "is not supported here")
+        return value
+
+
 class ChatRequest(_Strict):
     """OpenAI's request as far as it means something here; the three last are this service's own.
 
@@ -332,7 +371,17 @@ class ChatRequest(_Strict):
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0, le=2, description="0, the likeliest, if absent.")] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
-    stop: str | tuple[str, ...] | None = None
+    stop: (
+        Annotated[
+            Annotated[str, Tag("as-text")] | Annotated[tuple[str, ...], Tag("as-list")],
+            Discriminator(
+                _one_or_several,
+                custom_error_type="stop",
+                custom_error_message="must be a text or a list of texts",
+            ),
+        ]
+        | None
+    ) = None
     seed: int | None = None
     n: Literal[1] | None = 1
     stream: bool | None = False
@@ -346,6 +395,22 @@ class ChatRequest(_Strict):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     service_tier: str | None = None
+    parallel_tool_calls: bool | None = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=0)] = None
+    tools: Annotated[Any, _Neutral([])] = None
+    tool_choice: Annotated[Any, _Neutral("none", "auto")] = None
+    functions: Annotated[Any, _Neutral([])] = None
+    function_call: Annotated[Any, _Neutral("none", "auto")] = None
+    logit_bias: Annotated[Any, _Neutral({})] = None
+    modalities: Annotated[Any, _Neutral(["text"])] = None
+    reasoning_effort: Annotated[Any, _Neutral("none")] = None
+    audio: Annotated[Any, _Neutral()] = None
+    prediction: Annotated[Any, _Neutral()] = None
+    verbosity: Annotated[Any, _Neutral()] = None
+    web_search_options: Annotated[Any, _Neutral()] = None
+    moderation: Annotated[Any, _Neutral()] = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     token_budget: Annotated[Any, _as_answer("token_budget")] = None
     keep_ratio: Annotated[Any, _as_answer("keep_ratio")] = None
     method: Annotated[Any, _as_answer("method")] = None
@@ -358,7 +423,15 @@ class ChatRequest(_Strict):
                 "messages",
                 "messages: system messages, then one user message; earlier turns are not supported",
             )
+        if any(not isinstance(part, TextPart) for message in before for part in message.parts):
+            raise PydanticCustomError(
+                "messages", "messages: pictures and videos belong into the user message, none before it"
+            )
+        if not last.text.strip():
+            raise PydanticCustomError("messages", "messages: the user message has no text")
         kinds = [part.type for part in last.parts]
+        if not {"image_url", "video_url"} & set(kinds):
+            raise PydanticCustomError("messages", "messages: the user message has no picture and no video")
         if kinds.count("video_url") > ("image_url" not in kinds):
             raise PydanticCustomError("messages", "messages: several images or one video")
         return self

@@ -29,7 +29,13 @@ def _split(value: object) -> object:
 class ListenSettings(BaseSettings):
     """Where the front end listens, and to whom: also what `make serve` must know before it starts."""
 
-    model_config = SettingsConfigDict(env_prefix="PRISM_", env_ignore_empty=True, frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="PRISM_",
+        env_ignore_empty=True,
+        frozen=True,
+        extra="ignore",
+        allow_inf_nan=False,  # no clock and no `Retry-After` has either
+    )
 
     host: str = "127.0.0.1"
     """Beyond loopback only with keys, or with `allow_anonymous`."""
@@ -102,18 +108,23 @@ class ServiceSettings(ListenSettings):
     max_connections: Annotated[int, Field(ge=1)] = 2048
     """Open at the same time in one process; beyond, a bare 503. Most of them wait, which costs little."""
     grace_s: Annotated[int, Field(ge=0)] = 8
-    """After SIGTERM: how long requests under way may take before their connections are closed."""
+    """After SIGTERM: how long requests under way may take. Who still waits one second before the end is told
+    that the server stops, and streams end."""
 
     timeout_s: Annotated[float, Field(ge=0)] = 60
-    """How long a call waits for its answer where the request does not say."""
+    """How long a call waits for its answer where the request does not say, within `max_timeout_s`."""
     max_timeout_s: Annotated[float, Field(ge=0)] = 600
     """Proxies in front rarely hold a connection for longer."""
     deadline_s: Annotated[float, Field(gt=0)] = 300
-    """How long a job may take where the request does not say."""
+    """How long a job may take where the request does not say, within `max_deadline_s`."""
     max_deadline_s: Annotated[float, Field(gt=0)] = 3600
+    head_timeout_s: Annotated[float, Field(gt=0)] = 10
+    """Within which a connection must send a request's head; between requests it is closed sooner."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 300
     """Within which a body must be complete: 257 MiB at 7 Mbit/s, and no drip for ever."""
 
+    max_head_bytes: Annotated[int, Field(ge=1024)] = 64 * 1024
+    """Request line and headers; beyond, a bare 431. They are read before the key is checked."""
     max_json_bytes: Annotated[int, Field(gt=0)] = 32 * MIB
     """A JSON body is held in memory whole."""
     max_multipart_bytes: Annotated[int, Field(gt=0)] = 257 * MIB

@@ -30,7 +30,7 @@ def create_app(settings: WorkerSettings, run: Callable[[str, dict[str, Any]], No
         try:
             run(task.request.id, payload)
         except (RedisError, JobGivenBackError) as error:
-            raise Reject(type(error).__name__, requeue=True) from error
+            raise Reject(type(error).__name__, requeue=True) from None  # Celery logs the whole chain
 
     return app
 

@@ -215,6 +215,8 @@ class MediaRef(Frozen):
 class PrismOptions(Frozen):
     """Tuning of `prism`: the salient part of the budget, and the candidate pool's size over K_div."""
 
+    model_config = ConfigDict(strict=True)  # as the request that has it
+
     salient_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """The salient part of the budget."""
     pool_factor: Annotated[float, Field(ge=1, le=64)] = 4
@@ -223,6 +225,8 @@ class PrismOptions(Frozen):
 
 class FrameSampling(Frozen):
     """`num_frames` evenly spaced frames of the stretch from `start_s` to `end_s` (None: the end)."""
+
+    model_config = ConfigDict(strict=True)  # as the request that has it
 
     num_frames: Annotated[int, Field(ge=1, le=64)] = 8
     """Frames to look at."""

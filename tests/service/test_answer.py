@@ -133,6 +133,7 @@ async def test_multipart_takes_one_file_and_text_fields(
         "seed": "",
         "temperature": "0.5",
         "prism": '{"salient_share": 0.25}',
+        "sampling": '{"num_frames": 4, "start_s": 1}',
         "include": "token_map",
     }
     response = await client.post("/v1/answer", data=fields, files={"image": ("a.png", png(), "image/png")})
@@ -140,6 +141,7 @@ async def test_multipart_takes_one_file_and_text_fields(
     job = worker.jobs[0]
     assert (job.token_budget, job.generation.seed, job.generation.temperature) == (64, None, 0.5)
     assert (job.prism.salient_share, job.include) == (0.25, ("token_map",))
+    assert (job.sampling.num_frames, job.sampling.start_s) == (4, 1)
     assert job.media[0].id == hashlib.sha256(png()).hexdigest()
 
 
@@ -184,6 +186,63 @@ async def test_respond_async_is_accepted_at_once_and_polled(
     assert (view["state"], view["attempts"], view["error"]) == ("succeeded", 1, None)
     assert view["result"]["answer"] == "red"
     assert view["created_at"] <= view["started_at"] <= view["finished_at"]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["wait=5", "respond-async"],
+        ["respond-async;foo=1"],
+        ["Respond-Async ; foo=1 , wait=5"],
+        ["handling=lenient; a=b, respond-async", "wait=1"],
+    ],
+)
+async def test_a_preference_is_found_wherever_it_stands(
+    client: httpx.AsyncClient, worker: StandInWorker, lines: list[str]
+) -> None:
+    """On a line of its own, among others, with parameters (RFC 7240, section 2)."""
+    headers = [("Prefer", line) for line in lines]
+    response = await client.post("/v1/answer", json=question(question="for ever"), headers=headers)
+    worker.release.set()
+    assert (response.status_code, response.headers["preference-applied"]) == (202, "respond-async")
+
+
+async def test_another_preference_is_none_of_ours(client: httpx.AsyncClient) -> None:
+    """Only its name counts, not its value or a parameter."""
+    headers = [("Prefer", "wait=respond-async"), ("Prefer", "foo; respond-async")]
+    assert (await client.post("/v1/answer", json=question(), headers=headers)).status_code == 200
+
+
+async def test_a_limit_below_a_default_lowers_it(make_settings: MakeSettings, worker: StandInWorker) -> None:
+    """Who does not name a field is not refused for it, with a picture or a video."""
+    settings = make_settings(max_new_tokens=32, max_sampled_frames=4, deadline_s=20, max_deadline_s=10)
+    clip = question(image=None, video=data_uri(MP4, "video/mp4"), sampling={"end_s": 2})
+    async with serving(settings) as client:
+        for asked in (question(), clip):
+            response = await client.post("/v1/answer", json=asked)
+            assert response.status_code == 200, response.text
+    for job in worker.jobs:
+        assert (job.generation.max_new_tokens, job.sampling.num_frames) == (32, 4)
+        assert job.deadline_at - job.created_at == pytest.approx(10)
+    assert worker.jobs[1].sampling.end_s == 2
+
+
+async def test_a_picture_has_no_frames_to_limit(make_settings: MakeSettings, worker: StandInWorker) -> None:
+    """What `sampling` says concerns videos."""
+    del worker
+    async with serving(make_settings(max_sampled_frames=4)) as client:
+        response = await client.post("/v1/answer", json=question(sampling={"num_frames": 8}))
+    assert response.status_code == 200, response.text
+
+
+async def test_who_does_not_say_waits_no_longer_than_anybody_may(
+    make_settings: MakeSettings, worker: StandInWorker
+) -> None:
+    """`max_timeout_s` bounds the default, too: a wait to the job's end would be 504."""
+    async with serving(make_settings(timeout_s=60, max_timeout_s=0.2)) as client:
+        response = await client.post("/v1/answer", json=question(question="for ever", deadline_s=5))
+    worker.release.set()
+    assert response.status_code == 202
 
 
 async def test_a_wait_that_runs_out_leaves_the_job_running(

@@ -10,12 +10,13 @@ import pytest
 from service.jobs import Jobs
 from service.keys import new_key
 from tests.replies import state
-from tests.service.conftest import MODEL, data_uri, listening, png, until
+from tests.service.conftest import MODEL, data_uri, listening, png, serving, until
 from worker.contract import JobState
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
+    import httpx
     from redis import Redis
 
     from service.jobs import JobRecord
@@ -145,6 +146,180 @@ async def test_errors_are_openais(
     with pytest.raises(error) as raised:
         await api.chat.completions.create(**({"model": MODEL, "messages": messages()} | changes))
     assert raised.value.code == code
+
+
+TEXT = {"type": "text", "text": "What color is it?"}
+PICTURE = {"type": "image_url", "image_url": {"url": data_uri(png())}}
+
+
+def user(*parts: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"max_tokens": 1025}, "max_tokens", "max_tokens: Input should be less than or equal to 1024"),
+        (
+            {"max_completion_tokens": 1025},
+            "max_completion_tokens",
+            "max_completion_tokens: Input should be less than or equal to 1024",
+        ),
+        ({"messages": user(PICTURE)}, "messages", "messages: the user message has no text"),
+        (
+            {"messages": user(PICTURE, TEXT | {"text": " "})},
+            "messages",
+            "messages: the user message has no text",
+        ),
+        ({"messages": user(TEXT)}, "messages", "messages: the user message has no picture and no video"),
+        (
+            {"messages": user(TEXT | {"text": "x" * 16_385}, PICTURE)},
+            "messages",
+            "messages: String should have at most 16384 characters",
+        ),
+        (
+            {"messages": user(TEXT | {"text": 7}, PICTURE)},
+            "messages",
+            "messages.0.content.0.text: Input should be a valid string",
+        ),
+        (
+            {"messages": user({"type": "image_url", "image_url": {}}, TEXT)},
+            "messages",
+            "messages.0.content.0.image_url.url: Field required",
+        ),
+        (
+            {"messages": user({"type": ["audio"]}, TEXT)},
+            "messages",
+            "messages.0.content.0: must be of type text, image_url or video_url",
+        ),
+        (
+            {"messages": [{"role": "user", "content": 7}]},
+            "messages",
+            "messages.0.content: must be a text or a list of parts",
+        ),
+        (
+            {"messages": user(PICTURE | {"image_url": {"url": "data:image/png;base64,####"}}, TEXT)},
+            "messages",
+            "messages: the data URI is not valid base64",
+        ),
+        ({"messages": user(*[PICTURE] * 9, TEXT)}, "messages", "messages: at most 8 images in one request"),
+        ({"messages": []}, "messages", "messages: List should have at least 1 item, not 0"),
+        ({"stop": ["a"] * 17}, "stop", "stop: List should have at most 16 items, not 17"),
+        ({"stop": 7}, "stop", "stop: must be a text or a list of texts"),
+        ({"stop": ["a", 7]}, "stop", "stop.1: Input should be a valid string"),
+        ({"token_budget": "many"}, "token_budget", "token_budget: must be"),
+        ({"tools": [{"type": "function"}]}, "tools", "tools: is not supported here"),
+        ({"n": 2}, "n", "n: "),
+        ({"model": "gpt-none"}, None, ""),
+    ],
+)
+async def test_an_error_names_what_was_sent(
+    client: httpx.AsyncClient, worker: StandInWorker, changes: dict[str, Any], param: str | None, message: str
+) -> None:
+    """In OpenAI's words, with the field as `param`, and nothing of what checks it."""
+    asked = {"model": MODEL, "messages": user(PICTURE, TEXT)} | changes
+    response = await client.post("/v1/chat/completions", json=asked)
+    assert response.status_code in (404, 422)
+    error = response.json()["error"]
+    assert error["message"].startswith(message)
+    assert error["param"] == param
+    assert not any(
+        leak in response.text for leak in ("tuple", "Tuple", "union", "-part", "as-", "validation")
+    )
+    assert worker.jobs == []
+
+
+async def test_an_operators_limit_is_told_in_the_same_words(
+    make_settings: MakeSettings, worker: StandInWorker
+) -> None:
+    """And who does not name it is answered within it."""
+    asked = {"model": MODEL, "messages": user(PICTURE, TEXT)}
+    async with serving(make_settings(max_new_tokens=32)) as client:
+        refused = await client.post("/v1/chat/completions", json=asked | {"max_tokens": 33})
+        assert refused.json()["error"]["message"] == "max_tokens: at most 32 here"
+        assert (await client.post("/v1/chat/completions", json=asked)).status_code == 200
+    assert [job.generation.max_new_tokens for job in worker.jobs] == [32]
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+@pytest.mark.parametrize("part", [PICTURE, {"type": "video_url", "video_url": {"url": "data:,"}}])
+async def test_a_picture_before_the_user_message_is_refused(
+    client: httpx.AsyncClient, worker: StandInWorker, role: str, part: dict[str, Any]
+) -> None:
+    """It would be seen by nobody."""
+    before = {"role": role, "content": [TEXT, part]}
+    asked = {"model": MODEL, "messages": [before, *user(PICTURE, TEXT)]}
+    response = await client.post("/v1/chat/completions", json=asked)
+    assert response.status_code == 422
+    assert "belong into the user message" in response.json()["error"]["message"]
+    assert worker.jobs == []
+
+
+NOTHING: dict[str, list[Any]] = {
+    "tools": [None, []],
+    "tool_choice": [None, "none", "auto"],
+    "parallel_tool_calls": [None, True, False],
+    "functions": [None, []],
+    "function_call": [None, "none", "auto"],
+    "logit_bias": [None, {}],
+    "top_logprobs": [None, 0],
+    "modalities": [None, ["text"]],
+    "reasoning_effort": [None, "none"],
+    "audio": [None],
+    "prediction": [None],
+    "verbosity": [None],
+    "web_search_options": [None],
+    "prompt_cache_key": [None, "mine"],
+    "stop": [None],
+    "response_format": [None, {"type": "text"}],
+}
+
+
+async def test_a_field_that_asks_for_nothing_is_taken(
+    client: httpx.AsyncClient, worker: StandInWorker
+) -> None:
+    """Null, or what stands for the same; clients write all of their fields out."""
+    asked = {"model": MODEL, "messages": user(PICTURE, TEXT)}
+    for number in range(3):
+        neutral = {name: values[number] for name, values in NOTHING.items() if number < len(values)}
+        response = await client.post("/v1/chat/completions", json=asked | neutral)
+        assert response.status_code == 200, response.text
+    assert len(worker.jobs) == 3
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        {"tool_choice": "required"},
+        {"logit_bias": {"50256": -100}},
+        {"top_logprobs": 2},
+        {"modalities": ["text", "audio"]},
+        {"reasoning_effort": "high"},
+        {"audio": {"voice": "alloy", "format": "wav"}},
+        {"nobody_knows": None},
+    ],
+)
+async def test_a_field_that_asks_for_something_is_refused(
+    client: httpx.AsyncClient, worker: StandInWorker, asks: dict[str, Any]
+) -> None:
+    """And not ignored."""
+    asked = {"model": MODEL, "messages": user(PICTURE, TEXT)}
+    response = await client.post("/v1/chat/completions", json=asked | asks)
+    assert response.status_code == 422
+    assert response.json()["error"]["message"].startswith(next(iter(asks)))
+    assert worker.jobs == []
+
+
+async def test_a_chat_waits_no_longer_than_anybody_may(
+    make_settings: MakeSettings, worker: StandInWorker
+) -> None:
+    """`max_timeout_s` bounds the default, too."""
+    del worker
+    asked = {"model": MODEL, "messages": user(PICTURE, TEXT | {"text": "for ever"})}
+    async with serving(make_settings(timeout_s=60, max_timeout_s=0.2)) as client:
+        response = await client.post("/v1/chat/completions", json=asked)
+    assert response.status_code == 504
+    assert "within 0.2 s" in response.json()["error"]["message"]
 
 
 async def test_a_wait_that_runs_out_ends_the_job(

@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+from pydantic import ValidationError
+
 from service.app import create_app
 from service.keys import new_key
+from service.settings import ServiceSettings
 from tests.service.conftest import listening_in_a_thread
 
 if TYPE_CHECKING:
@@ -91,6 +95,16 @@ def test_times_and_sizes_have_their_units(make_settings: MakeSettings) -> None:
         assert "Unix seconds" in schemas["JobView"]["properties"][name]["description"]
     for name in ("timeout_s", "deadline_s"):
         assert "seconds" in schemas["AnswerRequest"]["properties"][name]["description"]
+
+
+def test_the_most_of_a_list_is_in_the_document(make_settings: MakeSettings) -> None:
+    """What no setting can allow more of."""
+    fields = create_app(make_settings()).openapi()["components"]["schemas"]["AnswerRequest"]["properties"]
+    most = {"images": "max_images", "questions": "max_questions"}
+    for name, setting in most.items():
+        assert fields[name]["anyOf"][0]["maxItems"] == ServiceSettings.model_fields[setting].default
+        with pytest.raises(ValidationError):
+            make_settings(**{setting: fields[name]["anyOf"][0]["maxItems"] + 1})
 
 
 def test_no_route_promises_an_error_that_is_never_sent(make_settings: MakeSettings) -> None:

@@ -12,12 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from starlette.datastructures import Headers
 
 from service.app import create_app
 from service.body import MAX_PARSED
 from service.ids import new_id
+from service.middleware import BodyLimit
 from service.schemas import AnswerRequest
+from service.settings import ServiceSettings
 from tests.service.conftest import (
+    MP4,
     StandInWorker,
     data_uri,
     encoded,
@@ -81,6 +85,10 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"tokenbudget": 64}, 422, "invalid-request", "tokenbudget: is not a known field"),
     ({"prism": {"share": 1}}, 422, "invalid-request", "prism.share: is not a known field"),
     ({"prism": {"salient_share": 2}}, 422, "invalid-request", "prism.salient_share"),
+    ({"prism": {"salient_share": "0.5"}}, 422, "invalid-request", "prism.salient_share"),
+    ({"prism": {"pool_factor": True}}, 422, "invalid-request", "prism.pool_factor"),
+    ({"sampling": {"num_frames": True}}, 422, "invalid-request", "sampling.num_frames"),
+    ({"sampling": {"num_frames": "4"}}, 422, "invalid-request", "sampling.num_frames"),
     ({"question": ABSENT}, 422, "invalid-request", "either question or questions"),
     ({"question": "   "}, 422, "invalid-request", "question"),
     ({"question": 7}, 422, "invalid-request", "question"),
@@ -236,7 +244,11 @@ async def test_an_operator_may_lower_the_limits(
         "max_images": {"image": None, "images": [image, image]},
         "max_questions": {"question": None, "questions": ["a", "b"]},
         "max_new_tokens": {"max_new_tokens": 2},
-        "max_sampled_frames": {"sampling": {"num_frames": 2}},
+        "max_sampled_frames": {
+            "image": None,
+            "video": data_uri(MP4, "video/mp4"),
+            "sampling": {"num_frames": 2},
+        },
     }
     others = {"sampling": {"num_frames": 1}, "max_new_tokens": 1}
     async with serving(make_settings(**{limit: 1})) as client:
@@ -245,6 +257,14 @@ async def test_an_operator_may_lower_the_limits(
     assert "at most 1" in problem(refused, 422, "invalid-request")
     with pytest.raises(ValidationError):
         make_settings(**{limit: 10_000})
+
+
+@pytest.mark.parametrize("number", ["inf", "nan"])
+@pytest.mark.parametrize("setting", ["timeout_s", "deadline_s", "max_deadline_s", "rate_per_minute"])
+def test_no_setting_is_infinite(make_settings: MakeSettings, setting: str, number: str) -> None:
+    """Refused at start: each request would fail on it."""
+    with pytest.raises(ValidationError, match="finite"):
+        make_settings(**{setting: float(number)})
 
 
 @pytest.mark.parametrize(
@@ -341,6 +361,38 @@ async def test_a_form_of_very_many_values_costs_no_more_than_its_text(
     assert peak < 10 * len(values)
 
 
+PART = b'--x\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'
+PICTURE = (
+    b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\n'
+    + encoded("PNG")
+    + b"\r\n"
+)
+ASKED = PICTURE + PART % (b"question", b"What?") + PART % (b"max_new_tokens", b"8")
+
+
+@pytest.mark.parametrize("end", [b"", b"--x", b"--x-", b"--x\r\n", ASKED[: len(PICTURE) // 2]])
+@pytest.mark.parametrize("route", ["/v1/answer", "/v1/media"])
+async def test_a_form_that_is_cut_short_is_400(
+    client: httpx.AsyncClient, worker: StandInWorker, route: str, end: bytes
+) -> None:
+    """Its last part would be missing, and the question be another."""
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    response = await client.post(route, content=ASKED + end, headers=headers)
+    assert "closing boundary" in problem(response, 400, "malformed-body")
+    assert worker.jobs == []
+
+
+@pytest.mark.parametrize("end", [b"--x--", b"--x--\r\n", b"--x--\r\nan epilogue\r\n" + b"-" * 5000])
+async def test_what_follows_a_form_is_ignored(
+    client: httpx.AsyncClient, worker: StandInWorker, end: bytes
+) -> None:
+    """The closing boundary is the end, with or without a line break or an epilogue."""
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    response = await client.post("/v1/answer", content=ASKED + end, headers=headers)
+    assert response.status_code == 200, response.text
+    assert worker.jobs[0].generation.max_new_tokens == 8
+
+
 async def test_a_form_without_a_file_is_refused(client: httpx.AsyncClient) -> None:
     """No media, and a file under a text field's name, say so."""
     headers = {"Content-Type": "multipart/form-data; boundary=x; charset=UTF-8"}
@@ -356,6 +408,32 @@ async def test_another_content_type_is_415(client: httpx.AsyncClient, kind: str 
     headers = {"Content-Type": kind} if kind else {}
     response = await client.post("/v1/answer", content=b"{}", headers=headers)
     assert "application/json or multipart/form-data" in problem(response, 415, "unsupported-media-type")
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "multipart/form-data; boundary=x"])
+async def test_a_chat_that_is_not_declared_as_json_is_415(
+    client: httpx.AsyncClient, kind: str | None
+) -> None:
+    """Before anything is read of it."""
+    headers = {"Content-Type": kind} if kind else {}
+    response = await client.post("/v1/chat/completions", content=b"{}", headers=headers)
+    assert (response.status_code, response.json()["error"]["code"]) == (415, "unsupported-media-type")
+
+
+async def test_multipart_lifts_no_limit_where_it_is_not_taken() -> None:
+    """Only the routes that write a form to disk take as much; of the others a body is held in memory."""
+    settings = ServiceSettings(media_url="file:///nowhere", max_json_bytes=2000, max_multipart_bytes=3000)
+    kind = Headers({"content-type": "multipart/form-data; boundary=x"})
+    limits = {
+        path: BodyLimit(create_app(settings), settings)._limit(path, kind)
+        for path in ("/v1/answer", "/v1/media", "/v1/chat/completions", "/v1/jobs/1")
+    }
+    assert limits == {
+        "/v1/answer": 3000,
+        "/v1/media": 3000,
+        "/v1/chat/completions": 2000,
+        "/v1/jobs/1": 2000,
+    }
 
 
 async def test_unknown_routes_and_methods_are_problems_too(client: httpx.AsyncClient) -> None:
