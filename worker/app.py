@@ -25,7 +25,7 @@ def create_app(settings: WorkerSettings, run: Callable[[str, dict[str, Any]], No
     app = Celery("worker", broker=settings.broker_url, set_as_current=False)
     app.conf.update(_configuration(settings))
 
-    @app.task(name=TASK_ANSWER, bind=True)  # type: ignore[untyped-decorator] # celery has no types
+    @app.task(name=TASK_ANSWER, bind=True, shared=False)  # type: ignore[untyped-decorator] # celery has no types
     def answer(task: Any, payload: dict[str, Any]) -> None:
         try:
             run(task.request.id, payload)
