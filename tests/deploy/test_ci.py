@@ -23,7 +23,8 @@ def ran(programs: Path, **stubs: str) -> list[str]:
         path = programs / name.replace("_", "-")
         path.write_text(f"#!/bin/sh\n{line}\n")
         path.chmod(0o755)
-    (programs / "dirname").symlink_to(present(shutil.which("dirname")))
+    for name in ("dirname", "timeout"):
+        (programs / name).symlink_to(present(shutil.which(name)))
     command = [present(shutil.which("bash")), str(ROOT / ".ci/run")]
     environment = {"PATH": str(programs), "CI": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
