@@ -31,7 +31,7 @@ from prismprune import PrunedVLM
 from prismprune.cpu_layers import use_cpu_products
 from prismprune.families import FAMILIES
 from prismprune.heap import keep_freed_memory
-from prismprune.loading import Loaded, _pack_only_what_fits
+from prismprune.loading import Loaded, pack_only_what_fits
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def random_llava(
     if device.type == "cpu" and not plain:
         use_cpu_products(model, PACKED_BYTES, family.outside)
         if quantization == "nf4":
-            _pack_only_what_fits(model)
+            pack_only_what_fits(model)
     loaded = Loaded(name, family, frozenset(), None, quantization)
     return PrunedVLM(loaded, cuda_graph_bytes=cuda_graph_bytes)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from prismprune.errors import InvalidBudgetError
+from prismprune.kinds import is_number, is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -32,11 +32,11 @@ class TokenBudget:
         if self.tokens is not None and self.ratio is not None:
             raise InvalidBudgetError("Give a token budget or a keep ratio, not both.")
         if self.tokens is not None:
-            if not (_is_int(self.tokens) and self.tokens >= 1):
+            if not (is_whole(self.tokens) and self.tokens >= 1):
                 raise InvalidBudgetError(f'A token budget is a whole number of at least 1, or "{ALL}".')
             object.__setattr__(self, "tokens", int(self.tokens))  # numpy's are whole numbers, too
         if self.ratio is not None:
-            if not (_is_number(self.ratio) and 0 < self.ratio <= 1):
+            if not (is_number(self.ratio) and 0 < self.ratio <= 1):
                 raise InvalidBudgetError("A keep ratio is a number above 0 and at most 1.")
             object.__setattr__(self, "ratio", float(self.ratio))
 
@@ -93,11 +93,3 @@ def _tokens(value: int | str | None) -> int | None:
         with suppress(ValueError):  # more digits than Python reads
             return int(value)
     raise InvalidBudgetError(f'A token budget is a whole number of at least 1, or "{ALL}".')
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
 from prismprune.errors import InvalidOptionError, InvalidScoresError
+from prismprune.kinds import is_number, is_whole
 from prismprune.sampling import Dice
 from prismprune.text_stream import TextStream
 
@@ -43,15 +43,15 @@ class GenerationOptions:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
+        if not (is_whole(self.max_new_tokens) and self.max_new_tokens >= 1):
             raise InvalidOptionError("max_new_tokens is a whole number of at least 1.")
-        if not (_is_number(self.temperature) and self.temperature >= 0):
+        if not (is_number(self.temperature) and 0 <= self.temperature < math.inf):
             raise InvalidOptionError("temperature is a number of at least 0.")
-        if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
+        if not (is_number(self.top_p) and 0 < self.top_p <= 1):
             raise InvalidOptionError("top_p is a number above 0 and at most 1.")
         if not _are_texts(self.stop):
             raise InvalidOptionError("stop is a tuple of strings that are not empty.")
-        if self.seed is not None and not (_is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
+        if self.seed is not None and not (is_whole(self.seed) and -(2**63) <= self.seed < 2**63):
             raise InvalidOptionError("seed is a whole number of at most 64 bits.")
         for name, value in (("max_new_tokens", self.max_new_tokens), ("seed", self.seed)):
             if value is not None:
@@ -66,14 +66,6 @@ def check_text(value: object, what: str) -> None:
         raise InvalidOptionError(f"{what} is a text.")
     if any("\ud800" <= letter <= "\udfff" for letter in value):
         raise InvalidOptionError(f"{what} is a text without half a character (a lone surrogate).")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
 
 def _are_texts(value: object) -> bool:

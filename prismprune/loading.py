@@ -103,7 +103,7 @@ def load_checkpoint(
     if where.type == "cpu":
         use_cpu_products(model, packed_bytes, family.outside)
         if quantized is not None and quantized.kind == "nf4":
-            _pack_only_what_fits(model)
+            pack_only_what_fits(model)
     end_ids = _end_ids(model.generation_config, processor.tokenizer)
     commit = getattr(origin["revision"], "resolved", revision)
     label = str(quantized) if quantized else None
@@ -207,7 +207,7 @@ def _bitsandbytes(
     )
 
 
-def _pack_only_what_fits(model: Any) -> None:
+def pack_only_what_fits(model: Any) -> None:
     """Keep bitsandbytes from repacking NF4 layers that its fused product cannot compute as asked for.
 
     On CPUs with AVX512-BF16 it repacks every layer when it is first called, for a product in bfloat16, and

@@ -18,7 +18,6 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
-from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -32,6 +31,7 @@ from prismprune.errors import (
     UndecodableMediaError,
     UnsupportedMediaError,
 )
+from prismprune.kinds import is_number, is_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -58,10 +58,6 @@ VIDEO_FORMATS = {
     "image/gif": "gif",
 }
 """Media type to the one FFmpeg demuxer that may read it; none of them is a playlist."""
-
-
-def _is_number(value: object, kind: type = Real) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,13 +98,13 @@ class FrameSampling:
     end_s: float | None = None
 
     def __post_init__(self) -> None:
-        if not (_is_number(self.num_frames, Integral) and self.num_frames >= 1):
+        if not (is_whole(self.num_frames) and self.num_frames >= 1):
             raise InvalidOptionError(
                 f"num_frames must be a whole number of at least 1, not {self.num_frames}."
             )
-        if not (_is_number(self.start_s) and math.isfinite(self.start_s) and self.start_s >= 0):
+        if not (is_number(self.start_s) and math.isfinite(self.start_s) and self.start_s >= 0):
             raise InvalidOptionError(f"start_s must be at least 0, not {self.start_s}.")
-        if self.end_s is not None and not (_is_number(self.end_s) and self.end_s > self.start_s):
+        if self.end_s is not None and not (is_number(self.end_s) and self.end_s > self.start_s):
             raise InvalidOptionError(f"end_s ({self.end_s}) must be after start_s ({self.start_s}).")
         # numpy's numbers are numbers, too, but no JSON, in which the decoder is told of them.
         object.__setattr__(self, "num_frames", int(self.num_frames))

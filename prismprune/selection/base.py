@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
 from prismprune.errors import InvalidOptionError, InvalidScoresError
+from prismprune.kinds import is_number, is_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,7 +196,7 @@ def cosines(points: Tensor, others: Tensor) -> Tensor:
 
 def check_range(option: str, value: Any, low: float, high: float) -> None:
     """Raise `InvalidOptionError` unless `value` is a number from `low` to `high`, both included."""
-    if not (_is_number(value, Real) and low <= value <= high):
+    if not (is_number(value) and low <= value <= high):
         raise InvalidOptionError(f"{option} is a number from {low:g} to {high:g}.")
 
 
@@ -208,10 +208,5 @@ def check_choice(option: str, value: object, choices: tuple[str, ...]) -> None:
 
 def check_seed(seed: Any) -> None:
     """Raise `InvalidOptionError` unless `seed` is a whole number from 0 to 2**63 - 1."""
-    if not (_is_number(seed, Integral) and 0 <= seed < 2**63):
+    if not (is_whole(seed) and 0 <= seed < 2**63):
         raise InvalidOptionError("seed is a whole number from 0 to 2**63 - 1.")
-
-
-def _is_number(value: object, kind: type) -> bool:
-    """Of that kind, numpy's included; True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool)
