@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from benchmarks.published import VICUNA_7B, VICUNA_13B
 from prismprune import PrunedVLM
 from prismprune.cpu_layers import use_cpu_products
 from prismprune.families import FAMILIES
-from prismprune.heap import keep_freed_memory
+from prismprune.heap import keep_freed_memory, with_large_pages
 from prismprune.loading import Loaded, pack_only_what_fits
 from worker.settings import WorkerSettings
 
@@ -71,9 +72,16 @@ GEOMETRIES = {
 
 
 def as_the_worker(threads: int) -> None:
-    """Make this process one that computes as the worker's serving process does; the first of all."""
+    """Make this process one that computes as the worker's serving process does; the first of all.
+
+    What the supervisor puts into that one's environment is read as a program starts: this one starts anew.
+    """
     from worker.process import SWITCH_S  # noqa: PLC0415 (19 MiB that no measured memory should have)
 
+    environment = with_large_pages(os.environ)
+    if environment != dict(os.environ):
+        sys.stdout.flush()
+        os.execve(sys.executable, sys.orig_argv, environment)  # noqa: S606 (this very command)
     keep_freed_memory()
     sys.setswitchinterval(SWITCH_S)
     torch.set_num_threads(threads)

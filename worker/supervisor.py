@@ -21,6 +21,7 @@ from uuid import uuid4
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
+from prismprune.heap import with_large_pages
 from worker.contract import complaints
 from worker.jobs import connect, free
 from worker.pulse import STALLED, WARM
@@ -120,7 +121,7 @@ class Supervisor:
         reader, writer = os.pipe()
         try:
             child = subprocess.Popen(  # noqa: S603 - our own command
-                [*self._command, name, str(writer)], pass_fds=[writer]
+                [*self._command, name, str(writer)], pass_fds=[writer], env=with_large_pages(os.environ)
             )
         finally:
             os.close(writer)

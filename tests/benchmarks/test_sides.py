@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from benchmarks.overhead import One, Together, summary
 from prismprune import PrunedVLM, TokenBudget
 from prismprune.cpu_products import CpuLinear, available
 from prismprune.errors import PrismError
+from prismprune.heap import TUNABLES
 from tests.prismprune.tiny import picture, save_tiny_llava
 from worker.process import SWITCH_S
 
@@ -25,8 +28,16 @@ if TYPE_CHECKING:
 needs_products = pytest.mark.skipif(not available(), reason="this torch has no oneDNN")
 
 
-def test_a_process_of_a_benchmark_computes_as_the_workers() -> None:
+def test_a_process_of_a_benchmark_computes_as_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a program reads as it starts, once it has started anew."""
     before, threads = sys.getswitchinterval(), torch.get_num_threads()
+    monkeypatch.delenv(TUNABLES, raising=False)
+    monkeypatch.setattr(os, "execve", started := Mock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        _models.as_the_worker(threads=1)
+    command, argv, environment = started.call_args.args
+    assert (command, argv) == (sys.executable, sys.orig_argv)
+    monkeypatch.setenv(TUNABLES, environment[TUNABLES])
     try:
         _models.as_the_worker(threads=1)
         assert sys.getswitchinterval() == pytest.approx(SWITCH_S)

@@ -1,14 +1,16 @@
-"""Memory that the process keeps between requests, on glibc."""
+"""Memory that the process keeps between requests, and in what pages, on glibc."""
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from prismprune.heap import keep_freed_memory
+from prismprune.heap import TUNABLES, keep_freed_memory, with_large_pages
 
 PROBE = """
 import resource, sys, threading
@@ -56,3 +58,41 @@ def test_another_allocator_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     """On macOS, or with musl, nothing is set, and the caller hears it."""
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     assert not keep_freed_memory()
+
+
+LARGE = """
+import torch
+weights = torch.ones(64 << 18)
+print(open("/proc/self/smaps_rollup").read())
+"""
+GLIBC = tuple(map(int, platform.libc_ver()[1].split("."))) if platform.libc_ver()[0] == "glibc" else ()
+SWITCH = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SWITCH.exists() or "[never]" in SWITCH.read_text(), reason="the kernel gives no large pages"
+)
+@pytest.mark.skipif(GLIBC < (2, 35), reason="the allocator does not ask for any")
+def test_a_program_is_given_large_pages() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LARGE],
+        env=with_large_pages(os.environ),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (told,) = [line.split() for line in done.stdout.splitlines() if line.startswith("AnonHugePages")]
+    assert int(told[1]) >= 2 << 10  # kB: one at least, as the kernel may be short of them
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, "glibc.malloc.hugetlb=1"),
+        ({TUNABLES: ""}, "glibc.malloc.hugetlb=1"),
+        ({TUNABLES: "glibc.malloc.check=3"}, "glibc.malloc.check=3:glibc.malloc.hugetlb=1"),
+        ({TUNABLES: "glibc.malloc.hugetlb=0"}, "glibc.malloc.hugetlb=0"),
+    ],
+)
+def test_what_somebody_else_set_stays(before: dict[str, str], after: str) -> None:
+    assert with_large_pages({"HOME": "/", **before}) == {"HOME": "/", TUNABLES: after}

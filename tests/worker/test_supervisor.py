@@ -35,6 +35,7 @@ for word in what.split("+"):
     elif word == "deaf": signal.signal(signal.SIGTERM, signal.SIG_IGN)
     elif word == "die": os.kill(os.getpid(), signal.SIGKILL)
     elif word == "ready": print("ready", flush=True)
+    elif word == "large": assert "glibc.malloc.hugetlb=1" in os.environ["GLIBC_TUNABLES"]
     elif word == "raise": raise RuntimeError("CUDA error: out of memory")
     else: sys.exit(int(word))
 """
@@ -81,6 +82,11 @@ def no_backoff(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_dies_is_started_again(diary: Path) -> None:
     """However it dies, once it has been warm, until it leaves of its own will."""
     assert outcome(diary, "warm+die,warm+70,warm+0") == (0, 3)
+
+
+def test_it_computes_in_large_pages(diary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    assert outcome(diary, "large+0") == (0, 1)
 
 
 def test_what_no_restart_mends_is_not_tried(diary: Path) -> None:
