@@ -11,7 +11,7 @@ from uuid import uuid4
 
 from service.errors import BrokerAwayError, QueueFullError
 from service.jobs import broker_within
-from worker.contract import DRAIN_STEP_S, drained_key, queue_name
+from worker.contract import DRAIN_STEP_S, drained_key, open_jobs_key, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -30,12 +30,13 @@ DRAIN_STEPS = 6
 MAX_RETRY_AFTER_S = 60
 """Also what is said while nothing drains."""
 
-# KEYS: queue, reserved places. ARGV: place, most jobs, seconds until a place is free again.
+# KEYS: queue, reserved places, open jobs. ARGV: place, most jobs, seconds until a place is free again.
 # Returns 1 if the place is reserved: jobs that are about to enter count as if they were in the queue.
 _RESERVE = """
 local now = tonumber(redis.call('TIME')[1])
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
-if redis.call('LLEN', KEYS[1]) + redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[2]) then return 0 end
+local waiting = math.min(redis.call('LLEN', KEYS[1]), redis.call('ZCARD', KEYS[3]))
+if waiting + redis.call('ZCARD', KEYS[2]) >= tonumber(ARGV[2]) then return 0 end
 redis.call('ZADD', KEYS[2], now + ARGV[3], ARGV[1])
 redis.call('EXPIRE', KEYS[2], 2 * ARGV[3])
 return 1
@@ -60,8 +61,9 @@ class Admission:
         self._durability.require()
         place, reserved = uuid4().hex, reserved_key(model)
         args: list[Any] = [place, self._settings.max_queue, RESERVED_S]
+        keys = [queue_name(model), reserved, open_jobs_key(model)]
         async with broker_within(self._settings.broker_timeout_s):
-            admitted = await self._reserve(keys=[queue_name(model), reserved], args=args)
+            admitted = await self._reserve(keys=keys, args=args)
         if not admitted:
             raise QueueFullError(model, await self._retry_after_s(model))
         try:
@@ -91,6 +93,19 @@ class Admission:
                 await self._redis.zrem(reserved, place)
         except BrokerAwayError:
             logger.warning("a place in the queue stays reserved for %d s", RESERVED_S)
+
+
+async def waiting(redis: Redis, model: str) -> int:
+    """How many jobs of `model` wait, as `Admission` counts them: messages, but no more than jobs are open.
+
+    A job that was canceled leaves its message in the queue until a worker takes it, and one that was lost may
+    have been sent twice. Those that run are open, too, so that up to as many of these are counted.
+    """
+    async with redis.pipeline(transaction=False) as pipe:
+        pipe.llen(queue_name(model))
+        pipe.zcard(open_jobs_key(model))
+        counts: list[int] = await pipe.execute()
+    return min(counts)
 
 
 def reserved_key(model: str) -> str:

@@ -17,12 +17,12 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from service import broker
+from service.admission import waiting
 from service.context import Here  # noqa: TC001 (fastapi reads the annotations at run time)
 from service.errors import BrokerAwayError
 from service.health import livez
 from service.jobs import broker_within
 from service.openapi import problems
-from worker.contract import queue_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
@@ -102,7 +102,7 @@ async def _queues(here: Context) -> dict[str, tuple[int, int]]:
     try:
         fresh = [status.model for status in await here.workers.fresh()]
         async with broker_within(here.settings.broker_timeout_s):
-            depths = {model: await here.redis.llen(queue_name(model)) for model in here.workers.models}
+            depths = {model: await waiting(here.redis, model) for model in here.workers.models}
     except BrokerAwayError:
         return {}
     return {model: (depth, fresh.count(model)) for model, depth in depths.items()}

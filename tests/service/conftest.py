@@ -45,6 +45,7 @@ from worker.contract import (
     events_key,
     job_key,
     media_path,
+    open_jobs_key,
     queue_name,
 )
 
@@ -351,6 +352,13 @@ async def client(make_settings: MakeSettings, worker: StandInWorker) -> AsyncIte
 def nowhere(port: int) -> str:
     """URL of a broker that is away."""
     return f"redis://127.0.0.1:{port}/0"
+
+
+def line_up(redis: Redis, count: int = 1) -> None:
+    """So many jobs wait."""
+    for number in range(count):
+        redis.zadd(open_jobs_key(MODEL), {f"job_{number}": time.time()})
+        redis.lpush(queue_name(MODEL), "a message")
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import pytest
 from redis.asyncio import Redis as AsyncRedis
@@ -22,12 +23,14 @@ from service.errors import (
     QueueFullError,
 )
 from service.idempotency import KEPT_S, Idempotency
-from tests.service.conftest import MODEL, until
-from worker.contract import drained_key, job_key, queue_name
+from tests.service.conftest import MODEL, StandInWorker, line_up, problem, question, serving, until
+from tests.service.test_operations import scrape
+from worker.contract import drained_key, job_key, open_jobs_key, queue_name
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Container
 
+    import httpx
     from redis import Redis
 
     from service.settings import ServiceSettings
@@ -55,6 +58,7 @@ async def test_a_thousand_at_once_do_not_overshoot_the_queue(
         try:
             async with queue.admit(MODEL):
                 await asyncio.sleep(0.01)  # media are stored
+                await connected.zadd(open_jobs_key(MODEL), {uuid4().hex: time.time()})
                 await connected.lpush(queue_name(MODEL), "job")
         except QueueFullError:
             return False
@@ -105,7 +109,7 @@ async def test_retry_after_follows_the_drain_rate(
     queue = admission(connected, make_settings(max_queue=40))
     redis.set(drained_key(MODEL, time.time() - 20), ended)
     redis.set(drained_key(MODEL, time.time() - 200), 10**6)  # too long ago to count
-    redis.lpush(queue_name(MODEL), *["job"] * 40)
+    line_up(redis, 40)
     with pytest.raises(QueueFullError) as raised:
         async with queue.admit(MODEL):
             pass
@@ -118,9 +122,30 @@ async def test_other_models_have_queues_of_their_own(
 ) -> None:
     """One that is full does not close the others."""
     queue = admission(connected, make_settings(max_queue=1))
-    redis.lpush(queue_name(MODEL), "job")
+    line_up(redis)
     async with queue.admit("another"):
         pass
+
+
+async def test_a_canceled_job_leaves_its_place_at_once(
+    make_settings: MakeSettings, worker: StandInWorker, redis: Redis
+) -> None:
+    """Its message stays until a worker takes it, but nobody waits any more, and no metric says so."""
+
+    async def depth(client: httpx.AsyncClient) -> float:
+        return (await scrape(client))["prismprune_queue_depth", MODEL]
+
+    later = {"Prefer": "respond-async"}
+    worker.pause()
+    async with serving(make_settings(max_queue=1)) as client:
+        accepted = await client.post("/v1/answer", json=question(), headers=later)
+        problem(await client.post("/v1/answer", json=question(), headers=later), 429, "queue-full")
+        assert await depth(client) == 1
+        assert (await client.delete(accepted.headers["location"])).status_code == 200
+        assert redis.llen(queue_name(MODEL)) == 1
+        assert await depth(client) == 0
+        again = await client.post("/v1/answer", json=question(), headers=later)
+        assert (accepted.status_code, again.status_code) == (202, 202)
 
 
 async def test_one_of_fifty_callers_makes_the_job(make_settings: MakeSettings, connected: AsyncRedis) -> None:

@@ -19,6 +19,7 @@ from tests.service.conftest import (
     bearer,
     data_uri,
     encoded,
+    line_up,
     png,
     problem,
     question,
@@ -75,7 +76,7 @@ async def test_a_refused_request_leaves_its_key_free(
 ) -> None:
     """A full queue, say; when there is room the same key works. A key that has its job needs no room."""
     worker.pause()
-    redis.lpush(queue_name(MODEL), "a job")
+    line_up(redis)
     async with serving(make_settings(max_queue=1)) as client:
         refused = await client.post("/v1/answer", json=question(), headers=KEY)
         problem(refused, 429, "queue-full")
@@ -102,7 +103,7 @@ async def test_a_full_queue_stores_no_media(
 ) -> None:
     """It refuses before the bytes are written."""
     worker.pause()
-    redis.lpush(queue_name(MODEL), "a job")
+    line_up(redis)
     async with serving(make_settings(max_queue=1)) as client:
         problem(
             await client.post("/v1/answer", json=question(image=data_uri(encoded("BMP")))), 429, "queue-full"

@@ -10,9 +10,9 @@ import pytest
 
 from service.keys import new_key
 from tests.replies import state
-from tests.service.conftest import MODEL, data_uri, listening, png, until
+from tests.service.conftest import MODEL, data_uri, line_up, listening, png, until
 from tests.service.test_chat import client, messages
-from worker.contract import JobState, queue_name
+from worker.contract import JobState
 
 if TYPE_CHECKING:
     from redis import Redis
@@ -52,7 +52,7 @@ async def test_a_full_queue_is_openais_rate_limit_error(
 ) -> None:
     """With the seconds after which its own retries come again."""
     worker.pause()
-    redis.lpush(queue_name(MODEL), "a job that waits")
+    line_up(redis)
     async with listening(make_settings(max_queue=1)) as port, client(port) as official:
         with pytest.raises(openai.RateLimitError) as raised:
             await official.chat.completions.create(model=MODEL, messages=messages())
