@@ -175,6 +175,8 @@ class AnswerRequest(Generation):
             raise PydanticCustomError("token_budget", "give either token_budget or keep_ratio, not both")
         if self.sampling.end_s is not None and self.sampling.end_s <= self.sampling.start_s:
             raise PydanticCustomError("sampling", "sampling.end_s must be after sampling.start_s")
+        if self.method != "prism" and self.prism != PrismOptions():
+            raise PydanticCustomError("prism", "prism tunes the method prism, and no other")
         return self
 
     def with_media(self, texts: Mapping[str, DataUri]) -> Self:

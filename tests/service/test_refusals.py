@@ -87,6 +87,7 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], int, str, str]] = [
     ({"prism": {"salient_share": 2}}, 422, "invalid-request", "prism.salient_share"),
     ({"prism": {"salient_share": "0.5"}}, 422, "invalid-request", "prism.salient_share"),
     ({"prism": {"pool_factor": True}}, 422, "invalid-request", "prism.pool_factor"),
+    ({"method": "divprune", "prism": {"pool_factor": 2}}, 422, "invalid-request", "no other"),
     ({"sampling": {"num_frames": True}}, 422, "invalid-request", "sampling.num_frames"),
     ({"sampling": {"num_frames": "4"}}, 422, "invalid-request", "sampling.num_frames"),
     ({"question": ABSENT}, 422, "invalid-request", "either question or questions"),
