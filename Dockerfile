@@ -49,8 +49,10 @@ RUN pip install ${PIP_ARGS} --constraint constraints.txt --requirement worker.tx
 FROM build AS build-service
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
-COPY worker/__init__.py worker/contract.py worker/
+COPY worker/__init__.py worker/contract.py worker/logs.py worker/
 RUN pip install --no-deps --no-build-isolation --prefix /own .
+# The library's command would find no library here.
+RUN rm /own/bin/prismprune
 
 FROM build AS build-worker
 COPY pyproject.toml README.md LICENSE ./
@@ -69,7 +71,7 @@ ENV PRISM_BUILD_REVISION=${REVISION}
 USER 10001:10001
 WORKDIR /tmp
 EXPOSE 8000 9100
-HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python3", "-c", "import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', 8000, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s CMD ["python3", "-c", "import http.client as h, os, sys; c = h.HTTPConnection('127.0.0.1', int(os.environ['PRISM_PORT']), timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python3", "-m", "service"]
 
 FROM base AS worker
@@ -77,7 +79,7 @@ ARG APT_PACKAGES=""
 RUN if [ -n "${APT_PACKAGES}" ]; then apt-get update && apt-get install --yes --no-install-recommends ${APT_PACKAGES} \
  && rm -rf /var/lib/apt/lists/*; fi
 # Every worker may write /cache: code that Triton has compiled is loaded from where no other worker can put it.
-ENV PRISM_METRICS_HOST=0.0.0.0 PRISM_WORKER_METRICS_PORT=9101 \
+ENV PRISM_METRICS_HOST=0.0.0.0 PRISM_WORKER_METRICS_PORT=9101 PRISM_LOG_FORMAT=json \
     PRISM_CACHE_DIR=/cache/prismprune HF_HOME=/cache/huggingface TRITON_HOME=/tmp
 COPY --from=dependencies-worker /opt/prism /opt/prism
 COPY --from=build-worker /own /opt/prism
@@ -85,5 +87,5 @@ USER 10001:10001
 WORKDIR /tmp
 EXPOSE 9101
 # Healthy is warm. A first start fetches or downloads its model.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=20m CMD ["python3", "-c", "import http.client as h, sys; c = h.HTTPConnection('127.0.0.1', 9101, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20m CMD ["python3", "-c", "import http.client as h, os, sys; c = h.HTTPConnection('127.0.0.1', int(os.environ['PRISM_WORKER_METRICS_PORT']), timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["python3", "-m", "worker"]

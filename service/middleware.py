@@ -18,8 +18,8 @@ from service.body import MULTIPART, content_type
 from service.errors import BodyTooLargeError, ServiceError, SlowBodyError, UnauthorizedError, error_response
 from service.ids import new_id
 from service.keys import WHY_NOT, ApiKeys, may_listen
-from service.logs import REQUEST_ID, without_content
 from service.pages import BELOW, PATHS
+from worker.logs import REQUEST_ID, without_content
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from worker.contract import TracingEndpoint
+from worker.logs import LogFormat, LogLevel
 
 MIB = 1024 * 1024
 ANYONE = "yes-anyone-who-reaches-the-port-may-use-it"
@@ -157,9 +158,9 @@ class ServiceSettings(ListenSettings):
     tracing_endpoint: TracingEndpoint | None = None
     """An OpenTelemetry collector that takes OTLP over HTTP, such as `http://collector:4318`: turns traces on.
     Needs the extra `tracing`; OpenTelemetry's own `OTEL_` variables say the rest."""
-    log_format: Literal["text", "json"] = "text"
+    log_format: LogFormat = "text"
     """`json`: one object a line, for machines."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_level: LogLevel = "info"
     problem_base_url: str = "https://prismprune.dev/problems/"
     """What the `type` of an error begins with."""
     build_revision: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -51,11 +52,11 @@ def test_the_worker_does_not_know_the_service(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sources("service"), ids=str)
-def test_the_service_knows_the_contract_alone(path: Path) -> None:
-    """No torch in the front end's image: of the other packages it sees `worker.contract`."""
+def test_the_service_knows_what_both_sides_have_in_common(path: Path) -> None:
+    """No torch in the front end's image: of the other packages it sees the contract, and lines of logs."""
     assert not tops(path) & {*HEAVY, "prismprune"}
     of_worker = {name for name in imported(path) if name.partition(".")[0] == "worker"}
-    assert all(name == "worker.contract" or name.startswith("worker.contract.") for name in of_worker)
+    assert all(re.match(r"worker\.(contract|logs)(\.|$)", name) for name in of_worker)
 
 
 def test_the_contract_needs_pydantic_alone() -> None:
@@ -63,7 +64,7 @@ def test_the_contract_needs_pydantic_alone() -> None:
     assert tops(Path("worker/contract.py")) <= {*sys.stdlib_module_names, "pydantic"}
 
 
-@pytest.mark.parametrize("package", ["prismprune", "worker.contract"])
+@pytest.mark.parametrize("package", ["prismprune", "worker.contract", "worker.logs"])
 def test_importing_is_light(package: str) -> None:
     """`import prismprune` and the contract load neither torch nor transformers."""
     script = f"import sys, {package}; print(sorted({HEAVY} & set(sys.modules)))"

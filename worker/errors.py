@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
-
 from prismprune.errors import PrismError
 from worker.contract import Problem
 
@@ -65,8 +63,3 @@ def problem(error: Exception) -> Problem:
     if not isinstance(error, PrismError):
         error = PrismError("The worker could not answer this request.")
     return Problem(slug=error.slug, status=error.status, title=error.title, detail=str(error))
-
-
-def without_content(error: BaseException) -> str:
-    """Type and stack for the log. The message is left out: it may quote a question, an answer or a path."""
-    return f"{type(error).__name__}\n{''.join(traceback.format_tb(error.__traceback__))}"

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from celery.platforms import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
 from PIL import Image
+from transformers.utils.logging import disable_progress_bar
 
 from prismprune import METHODS, PrismError, PrunedVLM
 from prismprune.caching import EncodingCache
@@ -34,11 +35,11 @@ from worker.app import create_app, send_again
 from worker.cancellations import Cancellations
 from worker.contract import WorkerStatus, queue_name
 from worker.engine import Engine
-from worker.errors import without_content
 from worker.heartbeat import Heartbeat
 from worker.jobs import Jobs, connect
 from worker.limits import memory_limit_bytes
 from worker.line import Limits
+from worker.logs import log_to_stderr, without_content
 from worker.metrics import WorkerMetrics
 from worker.probes import Probes
 from worker.pulse import Pulse
@@ -71,7 +72,7 @@ def main(make: Callable[[WorkerSettings, str, int], WorkerProcess] | None = None
     keep_freed_memory()  # the first of all, as threads take theirs from where they find it
     sys.setswitchinterval(SWITCH_S)
     settings, (name, pipe) = WorkerSettings(), sys.argv[-2:]
-    _configure_logging(settings.log_level)
+    _configure_logging(settings)
     faulthandler.enable()  # the supervisor aborts a process that hangs: the log tells where
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold what callers sent
     # Until the model is loaded nothing runs that would be worth finishing; then Celery's handler takes over.
@@ -282,9 +283,11 @@ def _later(seconds: float, action: Callable[[], object]) -> None:
     timer.start()
 
 
-def _configure_logging(level: str) -> None:
-    """To stderr, in our format. Celery and kombu never log at DEBUG, where they print whole messages."""
-    logging.basicConfig(level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+def _configure_logging(settings: WorkerSettings) -> None:
+    """To stderr, in our lines. Celery and kombu never log at DEBUG, where they print whole messages."""
+    log_to_stderr(settings.log_format, settings.log_level)
+    if not sys.stderr.isatty():  # bars are for people who watch them
+        disable_progress_bar()
     own = logging.getLogger().level
     for name in ("celery", "kombu"):
         logging.getLogger(name).setLevel(max(logging.INFO, own))

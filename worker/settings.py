@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -9,8 +10,10 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from prismprune import InvalidOptionError, MediaLimits, Quantization
+from prismprune.heap import with_large_pages
 from prismprune.media import DEFAULT_LIMITS
 from worker.contract import MAX_TOKEN_BUDGET, TracingEndpoint
+from worker.logs import LogFormat, LogLevel
 
 
 class WorkerSettings(BaseSettings):
@@ -115,7 +118,9 @@ class WorkerSettings(BaseSettings):
     tracing_endpoint: TracingEndpoint | None = None
     """An OpenTelemetry collector that takes OTLP over HTTP, such as `http://collector:4318`: turns traces on.
     Needs the extra `tracing`; OpenTelemetry's own `OTEL_` variables say the rest."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "text"
+    """`json`: one object a line, for machines."""
+    log_level: LogLevel = "info"
 
     @property
     def media_limits(self) -> MediaLimits:
@@ -168,3 +173,8 @@ class WorkerSettings(BaseSettings):
         if not 3 * self.heartbeat_s < self.lease_s < self.visibility_timeout_s:
             raise ValueError("3 * PRISM_HEARTBEAT_S < PRISM_LEASE_S < PRISM_VISIBILITY_TIMEOUT_S is required")
         return self
+
+
+def serving_environment() -> dict[str, str]:
+    """What the supervisor starts the serving process with: its own settings, and large pages."""
+    return with_large_pages(os.environ)

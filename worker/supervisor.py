@@ -21,11 +21,11 @@ from uuid import uuid4
 from pydantic import ValidationError
 from redis.exceptions import RedisError
 
-from prismprune.heap import with_large_pages
 from worker.contract import complaints
 from worker.jobs import connect, free
+from worker.logs import log_to_stderr
 from worker.pulse import STALLED, WARM
-from worker.settings import WorkerSettings
+from worker.settings import WorkerSettings, serving_environment
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -61,9 +61,7 @@ def main(command: Sequence[str] = SERVE) -> int:
     except ValidationError as error:
         sys.stderr.write("\n".join((*complaints(error), "")))
         return BAD_SETTING
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    log_to_stderr(settings.log_format, settings.log_level)
     return Supervisor(command, settings).run()
 
 
@@ -121,7 +119,7 @@ class Supervisor:
         reader, writer = os.pipe()
         try:
             child = subprocess.Popen(  # noqa: S603 - our own command
-                [*self._command, name, str(writer)], pass_fds=[writer], env=with_large_pages(os.environ)
+                [*self._command, name, str(writer)], pass_fds=[writer], env=serving_environment()
             )
         finally:
             os.close(writer)

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,15 +19,9 @@ from prismprune.media import DEFAULT_LIMITS, Clip, MediaLimits
 from worker.answering import answer_result, decode, visual_request
 from worker.company import Company
 from worker.contract import AnswerJob, DeadLetter, JobState, Problem
-from worker.errors import (
-    DeadLetteredError,
-    DeadlineExceededError,
-    JobGivenBackError,
-    StoppedError,
-    problem,
-    without_content,
-)
+from worker.errors import DeadLetteredError, DeadlineExceededError, JobGivenBackError, StoppedError, problem
 from worker.jobs import Claim, Outcome, Refusal, Settled
+from worker.logs import REQUEST_ID, without_content
 from worker.stops import StopReason, result_within
 from worker.story import Story
 
@@ -79,11 +74,15 @@ class JobRunner:
         self._spans = spans
 
     def __call__(self, job_id: str, payload: dict[str, Any]) -> None:
+        copy_context().run(self._delivered, job_id, payload)  # lines of the thread's next job have its own id
+
+    def _delivered(self, job_id: str, payload: dict[str, Any]) -> None:
         with self._jobs.in_hand(job_id) as first:
             if not first:  # it is found again should this process die
                 log.info("job %s was delivered twice", job_id)
                 return
             job, text = _read(job_id, payload), json.dumps(payload)
+            REQUEST_ID.set(job.request_id if job else "-")
             with self._company.shared():
                 claim = self._jobs.claim(job_id, text)
                 if claim is not Refusal.SUSPECT:
@@ -157,7 +156,9 @@ class JobRunner:
         """Media that were encoded before are not even decoded."""
         if (encoded := self._engine.encoded(request)) is not None:
             return replace(request, encoded=encoded)
-        decoding = self._decoders[job.modality].submit(decode, job, self._store, self._limits)
+        decoding = self._decoders[job.modality].submit(
+            copy_context().run, decode, job, self._store, self._limits
+        )
         try:
             media = result_within(decoding, claim.stop, deadline)
         finally:
@@ -188,7 +189,7 @@ class JobRunner:
         self._metrics.finished(modality, settled.state, latency_s, result, joined, reason=reason)
         if job:
             how = f"{settled.state} ({reason})" if reason else settled.state
-            log.info("job %s %s after %.3f s, request %s", job.id, how, latency_s, job.request_id)
+            log.info("job %s %s after %.3f s", job.id, how, latency_s)
 
 
 def _read(job_id: str, payload: dict[str, Any]) -> AnswerJob | None:

@@ -127,7 +127,7 @@ def test_the_requirements_are_those_of_each_image(tmp_path: Path) -> None:
 
 
 def test_the_front_ends_image_has_no_heavy_parts() -> None:
-    """Its own extra and that for traces name none of them; of the worker it has one module."""
+    """Its own extra and that for traces name none of them; of the worker it has two modules."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     names = {re.split(r"[\[<>=]", each)[0] for each in extras["service"] + extras["tracing"]}
     assert not names & {"torch", "torchvision", "transformers", "numpy", "av", "prismprune", "accelerate"}
@@ -135,7 +135,7 @@ def test_the_front_ends_image_has_no_heavy_parts() -> None:
     assert copied == [
         "pyproject.toml README.md LICENSE ./",
         "service service",
-        "worker/__init__.py worker/contract.py worker/",
+        "worker/__init__.py worker/contract.py worker/logs.py worker/",
     ]
 
 

@@ -8,11 +8,10 @@ import logging
 from typing import TYPE_CHECKING
 
 import pytest
-from anyio import to_thread
 
 from service.ids import new_id
 from service.keys import new_key
-from service.logs import REQUEST_ID, JsonLines, TextLines, configure, without_content
+from service.logs import configure
 from tests.service.conftest import StandInWorker, bearer, png, problem, question, serving
 
 if TYPE_CHECKING:
@@ -31,63 +30,6 @@ def root_logger() -> Iterator[logging.Logger]:
     yield root
     root.handlers[:], root.level = handlers, level
     logging.captureWarnings(capture=False)
-
-
-def failed() -> BaseException:
-    """An error that quotes what a caller said, as does the one that caused it."""
-
-    def fail() -> None:
-        try:
-            int(SECRET)
-        except ValueError as error:
-            raise RuntimeError(SECRET) from error
-
-    with pytest.raises(RuntimeError) as raised:
-        fail()
-    return raised.value
-
-
-def record(error: BaseException | None = None) -> logging.LogRecord:
-    info = (type(error), error, error.__traceback__) if error else None
-    return logging.LogRecord("service.x", logging.ERROR, __file__, 1, "%s\nwent", ("it",), info)
-
-
-def test_errors_are_told_without_their_messages() -> None:
-    """Types and stacks of the whole chain; the messages may quote a question."""
-    told = without_content(failed())
-    assert "ValueError" in told
-    assert "RuntimeError" in told
-    assert "test_logs.py" in told
-    assert SECRET not in told
-
-
-@pytest.mark.parametrize("formatter", [TextLines(), JsonLines()])
-def test_no_formatter_lets_a_message_of_an_error_through(formatter: logging.Formatter) -> None:
-    """Whoever logs it, a library included."""
-    line = formatter.format(record(failed()))
-    assert "RuntimeError" in line
-    assert SECRET not in line
-
-
-def test_a_json_line_is_one_line_with_the_requests_id() -> None:
-    """Line breaks in messages are escaped; outside of a request the id is a dash."""
-    line = JsonLines().format(record())
-    assert "\n" not in line
-    parsed = json.loads(line)
-    assert (parsed["level"], parsed["message"], parsed["request_id"]) == ("error", "it\nwent", "-")
-    token = REQUEST_ID.set("req_1")
-    try:
-        assert json.loads(JsonLines().format(record()))["request_id"] == "req_1"
-        assert "[req_1]" in TextLines().format(record())
-    finally:
-        REQUEST_ID.reset(token)
-
-
-async def test_a_thread_that_works_for_a_request_logs_its_id() -> None:
-    """Media are measured in threads."""
-    REQUEST_ID.set("req_2")
-    line = await to_thread.run_sync(JsonLines().format, record())
-    assert json.loads(line)["request_id"] == "req_2"
 
 
 async def test_what_callers_say_is_not_logged(
