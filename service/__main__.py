@@ -14,6 +14,7 @@ from service import logs
 from service.app import create_app
 from service.heads import bounded
 from service.keys import WHY_NOT, may_listen
+from service.leaving import last_requests
 from service.settings import ServiceSettings
 from worker.contract import complaints
 
@@ -48,7 +49,7 @@ def server(settings: ServiceSettings) -> uvicorn.Server:
 class _Server(uvicorn.Server):
     """Has its connections on the metrics page: what it refuses for their number never reaches `app`.
 
-    Told to exit, it has those who wait answered before uvicorn cuts them off.
+    Told to exit, it answers what is on its way, and has those who wait answered before uvicorn cuts them off.
     """
 
     def __init__(self, config: uvicorn.Config, app: FastAPI, settings: ServiceSettings) -> None:
@@ -68,6 +69,7 @@ class _Server(uvicorn.Server):
         left_s = max(self._settings.grace_s - LAST_WORDS_S, 0)
         telling = asyncio.get_running_loop().call_later(left_s, here.jobs.stop_waiting)
         try:
+            await last_requests(self)
             await super().shutdown(sockets)
         finally:
             telling.cancel()

@@ -1,4 +1,4 @@
-"""The front end as an ASGI application: `uvicorn service.app:create_app --factory`."""
+"""The front end as an ASGI application, which `python -m service` serves: `create_app` makes it."""
 
 from __future__ import annotations
 

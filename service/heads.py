@@ -72,6 +72,11 @@ class BoundedHeads(HttpToolsProtocol):
         if not self._awaits_head and not self.transport.is_closing():
             self._start_timer()  # for the rest of a body that nobody reads: no drip for ever
 
+    def shutdown(self) -> None:
+        """The server stops: at once where nothing has come, behind the answer of a request that has begun."""
+        if not self._unfinished:
+            super().shutdown()
+
     @property
     def _answers(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete

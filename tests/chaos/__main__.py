@@ -44,6 +44,8 @@ What holds the promises up is in `worker/jobs.py`, `worker/scripts.py` and `work
 - Jobs that were at work in a process that died run again alone; who dies alone three times is given up.
 - A small process without torch starts the serving one again, also when it hangs. It knows that the process is
   dead and ends its leases at once; where a whole machine is lost they run out.
+- A front end that is told to stop begins no new connection, answers what is on its way over those that stand,
+  and closes each behind its answer (`service/leaving.py`).
 """
 
 

@@ -35,6 +35,8 @@ MODEL = "sleeper"
 WARM_S = 300
 """Within which a service starts, also on a machine that is busy with others."""
 STALL_S = 5
+FRONT_END_GRACE_S = 30
+"""Longer than any answer that a caller waits for takes, so that none is told to ask again."""
 DEFAULTS: dict[str, object] = {
     "max_batch": BATCH,
     "engine_stall_s": STALL_S,
@@ -162,7 +164,13 @@ class Stack:
             for _ in range(self.workers)
         ]
         self.front_end_parts = [
-            self._add(Part(self._front_end_command(port), self._environment(), self._log("front-end")))
+            self._add(
+                Part(
+                    (sys.executable, "-m", "service"),
+                    self._environment(port=port, grace_s=FRONT_END_GRACE_S),
+                    self._log("front-end"),
+                )
+            )
             for port in self.ports
         ]
         self.until_warm()
@@ -197,16 +205,12 @@ class Stack:
         )
         return (str(get_binary_path()), "--port", str(self.broker_port), *options)
 
-    def _front_end_command(self, port: int) -> tuple[str, ...]:
-        uvicorn = (sys.executable, "-m", "uvicorn", "service.app:create_app", "--factory")
-        return (*uvicorn, "--port", str(port), "--log-level", "warning", "--timeout-graceful-shutdown", "30")
-
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, **of_this_part: object) -> dict[str, str]:
         own = {
             "broker_url": f"redis://127.0.0.1:{self.proxy.port}/0",
             "media_url": (self.directory / "media").as_uri(),
         }
-        settings = {**DEFAULTS, **self.settings, **own}
+        settings = {**DEFAULTS, **self.settings, **own, **of_this_part}
         return {
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.service.conftest import StandInWorker, question
-from tests.service.test_wire import running
+from tests.service.test_wire import connected, running, said
 from worker.contract import JobState, job_key
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     import uvicorn
     from redis import Redis
@@ -49,12 +49,17 @@ def asking(
     return connection
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Waits for `condition()`; a hang becomes a failure."""
+    due = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < due
+        time.sleep(0.005)
+
+
 def until_asked(worker: StandInWorker, count: int = 1) -> None:
     """Waits until the worker has as many jobs."""
-    due = time.monotonic() + 60
-    while len(worker.jobs) < count:
-        assert time.monotonic() < due
-        time.sleep(0.01)
+    until(lambda: len(worker.jobs) >= count)
 
 
 def stop(running_server: uvicorn.Server) -> None:
@@ -171,3 +176,81 @@ def test_an_answer_within_the_grace_is_still_waited_for(
         assert (response.status, json.loads(response.read())["answer"]) == (200, "red")
         connection.close()
     assert not told.is_set()
+
+
+def until_connected(front_end: uvicorn.Server, count: int) -> None:
+    """Waits until the server has as many connections."""
+    until(lambda: len(front_end.server_state.connections) == count)
+
+
+def until_stopping(front_end: uvicorn.Server) -> None:
+    """Waits until its shutdown has begun, which is when answers say that connections close."""
+    until(lambda: (b"connection", b"close") in front_end.server_state.default_headers)
+
+
+@pytest.mark.parametrize("used", [False, True])
+def test_a_request_that_comes_as_the_server_stops_is_answered(
+    make_settings: MakeSettings, used: bool
+) -> None:
+    """Also over a connection that had none, or none since the last; the answer says that it closes."""
+    with running(make_settings) as (front_end, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.connect()
+        if used:
+            connection.request("GET", "/livez")
+            response = connection.getresponse()
+            assert response.read()
+            assert not response.will_close
+        until_connected(front_end, 1)
+        stop(front_end)
+        until_stopping(front_end)
+        connection.request("GET", "/livez")
+        response = connection.getresponse()
+        assert (response.status, response.will_close) == (200, True)
+        connection.close()
+
+
+def test_a_head_that_has_begun_may_be_finished(make_settings: MakeSettings) -> None:
+    """It has its time like any other; a connection over which nothing came is closed before."""
+    with running(make_settings) as (front_end, port):
+        begun, silent = connected(port), connected(port)
+        begun.sendall(b"GET /livez HTTP/1.1\r\n")
+        until_connected(front_end, 2)
+        stop(front_end)
+        assert said(silent) == b""
+        begun.sendall(b"Host: x\r\n\r\n")
+        answered = said(begun)
+        assert answered.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answered
+        begun.close()
+
+
+def test_no_caller_of_a_server_that_stops_is_cut_off(make_settings: MakeSettings) -> None:
+    """Each has a whole answer or no connection, whenever it asks for one: it knows where it stands."""
+    over, cut, answered = threading.Event(), [], []
+
+    def call(port: int) -> None:
+        while not over.is_set():
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+            try:
+                connection.connect()
+            except ConnectionRefusedError:
+                time.sleep(0.01)
+                continue
+            try:
+                connection.request("GET", "/livez")
+                answered.append(connection.getresponse().read())
+            except (OSError, http.client.HTTPException) as error:
+                cut.append(error)
+            finally:
+                connection.close()
+
+    with running(make_settings) as (_, port):
+        callers = [threading.Thread(target=call, args=(port,)) for _ in range(6)]
+        for caller in callers:
+            caller.start()
+        until(lambda: len(answered) >= 100)
+    over.set()
+    for caller in callers:
+        caller.join()
+    assert cut == []
