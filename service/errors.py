@@ -246,6 +246,15 @@ class StoreAwayError(ServiceError):
     retry_after_s = 5
 
 
+class ServerStoppingError(ServiceError):
+    """The server stops, and has no time left for what this request waits for."""
+
+    slug = "server-stopping"
+    status = 503
+    title = "Server stopping"
+    retry_after_s = 5
+
+
 class NoWorkerError(ServiceError):
     """No worker of the model was seen for longer than the grace period."""
 

@@ -16,7 +16,7 @@ from celery import Celery
 from kombu.exceptions import OperationalError
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from service.errors import BrokerAwayError, JobEndedError, UnknownJobError
+from service.errors import BrokerAwayError, JobEndedError, ServerStoppingError, UnknownJobError
 from service.ids import is_id
 from worker.contract import (
     CANCEL_CHANNEL,
@@ -78,9 +78,9 @@ _FORGOTTEN = Problem(
     slug="internal-error", status=500, title="Internal error", detail="The broker has lost the job."
 )
 STOPPING = Problem(
-    slug="server-stopping",
-    status=503,
-    title="Server stopping",
+    slug=ServerStoppingError.slug,
+    status=ServerStoppingError.status,
+    title=ServerStoppingError.title,
     detail="The server stops before the answer is there; ask again, with the same Idempotency-Key if any.",
 )
 _told: dict[str, float] = {}

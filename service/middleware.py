@@ -15,7 +15,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
 
 from service.body import MULTIPART, content_type
-from service.errors import BodyTooLargeError, ServiceError, SlowBodyError, UnauthorizedError, error_response
+from service.errors import (
+    BodyTooLargeError,
+    ServerStoppingError,
+    ServiceError,
+    SlowBodyError,
+    UnauthorizedError,
+    error_response,
+)
 from service.ids import new_id
 from service.keys import WHY_NOT, ApiKeys, may_listen
 from service.pages import BELOW, PATHS
@@ -118,6 +125,13 @@ class Failures:
 
         try:
             await self._app(scope, receive, send_noting_start)
+        except asyncio.CancelledError:  # by the server alone, at the end of its grace
+            if started:
+                raise
+            stopping = ServerStoppingError(
+                "The server stops; ask again, with the same Idempotency-Key if any."
+            )
+            await error_response(Request(scope), stopping)(scope, receive, send)
         except Exception as error:  # noqa: BLE001 - the one place that no error passes
             if not isinstance(error, ServiceError):
                 told = without_content(error)

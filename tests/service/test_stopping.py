@@ -210,6 +210,47 @@ def test_a_request_that_comes_as_the_server_stops_is_answered(
         connection.close()
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/v1/answer", "application/json"),
+        ("/v1/answer", "multipart/form-data; boundary=x"),
+        ("/v1/media", "image/png"),
+        ("/v1/chat/completions", "application/json"),
+    ],
+)
+def test_a_body_that_does_not_come_in_time_is_told_why(
+    make_settings: MakeSettings,
+    worker: StandInWorker,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    kind: str,
+) -> None:
+    """Its caller gets an answer to act on; the log says that it was cut off, without a traceback."""
+    with running(make_settings, grace_s=1) as (front_end, port):
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.putrequest("POST", path)
+        connection.putheader("Content-Type", kind)
+        connection.putheader("Content-Length", "1000")
+        connection.endheaders(b'--x\r\nContent-Disposition: form-data; name="question"\r\n\r\n')
+        until(lambda: bool(front_end.server_state.tasks))
+        stop(front_end)
+        response = connection.getresponse()
+        told = json.loads(response.read())
+        assert response.status == 503
+        assert "server-stopping" in (
+            told.get("type", "").rpartition("/")[2],
+            told.get("error", {}).get("code"),
+        )
+        assert response.getheader("retry-after")
+        assert response.getheader("x-request-id")
+        connection.close()
+    assert not worker.jobs
+    (logged,) = [each for each in caplog.records if each.levelname == "ERROR" or each.exc_info]
+    assert logged.getMessage().startswith("Cancel 1 running task")
+    caplog.clear()
+
+
 def test_a_head_that_has_begun_may_be_finished(make_settings: MakeSettings) -> None:
     """It has its time like any other; a connection over which nothing came is closed before."""
     with running(make_settings) as (front_end, port):
