@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
 from collections import deque
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
+from weakref import WeakValueDictionary
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -38,6 +40,8 @@ CACHE, ASK = "past_key_values", "leave them out and give the whole conversation,
 MARK = "pruned_prompts"
 """Attribute of keys and values of pruned prompts: `_Prompts`. Their copies have it too."""
 OWN_POSITIONS = "position_ids count the tokens of the unpruned prompt; leave them out."
+TOWER = ("vision_feature_layer", "vision_feature_select_strategy")
+"""Of a model's config, and of a call: read when the model is pruned."""
 IGNORED = -100
 """The label of what counts for no loss, in transformers."""
 COUNTING = (
@@ -48,6 +52,8 @@ COUNTING = (
     logits_process.PrefixConstrainedLogitsProcessor,
 )
 """Processors of transformers for which it matters where the prompt ends."""
+_pruned_now: WeakValueDictionary[int, Pruning] = WeakValueDictionary()
+"""By the `id` of its model; other libraries may have hidden what is in the model."""
 
 
 def prune(
@@ -74,7 +80,8 @@ def prune(
 
     A loss has gradients for the language model and for what projects the survivors, and none for the vision
     tower (of Qwen2.5-VL, its merger too), which a selection cannot give: a warning says so, once, where
-    parameters of it ask for one. `model` may be wrapped by peft.
+    parameters of it ask for one. `model` may be wrapped by peft. While it is pruned, it cannot be copied or
+    pickled, a copy would be the original in disguise; its `state_dict` and `save_pretrained` are as ever.
 
     Raises `UnknownModelError` for a family without an adapter, `InvalidOptionError` for a model that does not
     generate, one that is pruned already and for options out of their range, `InvalidBudgetError`,
@@ -93,18 +100,26 @@ class Pruning:
 
     def __init__(self, family: Family, request: EncodingRequest) -> None:
         self.encoded: tuple[EncodedMedia, ...] = ()
-        self._warned = False
+        self._warned = self._ended = False
         self._family = family
         self._request = request
         model = family.model
-        if any(isinstance(getattr(vars(model).get(name), "pruning", None), Pruning) for name in REPLACED):
+        if id(model) in _pruned_now:
             raise InvalidOptionError("The model is pruned already; remove that pruning first.")
+        _pruned_now[id(model)] = self
+        self._tower = self._configured
         # Another library, such as accelerate, may have put functions of its own in their place.
         self._before = {name: vars(model)[name] for name in REPLACED if name in vars(model)}
-        for name, pruned in (("generate", self._generate), ("forward", self._forward)):
-            setattr(model, name, self._wrapped(getattr(model, name), pruned))
+        self._installed = {
+            name: _Replaced(self, getattr(model, name), pruned)
+            for name, pruned in (("generate", self._generate), ("forward", self._forward))
+        }
+        for name, installed in self._installed.items():
+            setattr(model, name, installed)
 
     def __enter__(self) -> Self:
+        if self._ended:
+            raise InvalidOptionError("This pruning has ended; call prune again.")
         return self
 
     def __exit__(
@@ -113,39 +128,51 @@ class Pruning:
         self.remove()
 
     def remove(self) -> None:
-        """Leave the model as it was; a second call does nothing."""
-        for name in REPLACED:
-            if getattr(vars(self._family.model).get(name), "pruning", None) is self:
-                delattr(self._family.model, name)
+        """Leave the model as it was; a second call does nothing.
+
+        What another library has put around a method since stays, around the model's own from now on.
+        """
+        if self._ended:
+            return
+        self._ended, model = True, self._family.model
+        del _pruned_now[id(model)]
+        for name, installed in self._installed.items():
+            if vars(model).get(name) is installed:
+                delattr(model, name)
                 if name in self._before:
-                    setattr(self._family.model, name, self._before[name])
+                    setattr(model, name, self._before[name])
 
-    def _wrapped(self, original: Callable[..., Any], pruned: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
+    def call(
+        self, original: Callable[..., Any], pruned: Callable[..., Any], args: tuple[Any, ...], inputs: Inputs
+    ) -> Any:
+        """What the model's `original` method gives, or `pruned` in its place where there are media."""
+        if self._ended:
+            return original(*args, **inputs)
+        given = _by_name(inspect.signature(original), args, inputs)
+        budget, ratio = given.pop("token_budget", None), given.pop("keep_ratio", None)
+        if not any(given.get(name) is not None for name in given if name.startswith(PIXELS)):
+            return original(**_behind_prompts(given, generates=pruned == self._generate))
+        request = self._request
+        if budget is not None or ratio is not None:
+            request = replace(request, budget=TokenBudget.parse(budget, keep_ratio=ratio))
+        return pruned(original, given, request)
 
-        @functools.wraps(original)  # transformers reads the signature of `forward`
-        def call(*args: Any, **inputs: Any) -> Any:
-            given = _by_name(signature, args, inputs)
-            budget, ratio = given.pop("token_budget", None), given.pop("keep_ratio", None)
-            if not any(given.get(name) is not None for name in given if name.startswith(PIXELS)):
-                return original(**_behind_prompts(given, generates=pruned == self._generate))
-            request = self._request
-            if budget is not None or ratio is not None:
-                request = replace(request, budget=TokenBudget.parse(budget, keep_ratio=ratio))
-            return pruned(original, given, request)
-
-        call.pruning = self  # type: ignore[attr-defined]
-        return call
+    @property
+    def _configured(self) -> dict[str, Any]:
+        return {name: getattr(self._family.model.config, name, None) for name in TOWER}
 
     def _generate(self, original: Callable[..., Any], given: Inputs, request: EncodingRequest) -> Any:
         given["input_ids"] = (
             given.pop("inputs", None) if given.get("input_ids") is None else given["input_ids"]
         )
+        configured = self._family.model.generation_config
+        if given.get("attention_mask") is None and given["input_ids"] is not None:
+            given["attention_mask"] = _of_padding(given, configured)
         with torch.no_grad():  # as in transformers
             pruned, prompts = self._pruned(given, request, pad_left=True)
         asked = prompts.asked.shape[1]
-        made = _relative(pruned, self._family.model.generation_config, asked)
-        output = original(**(made | _of_whole_prompts(made, prompts)))
+        made = _relative(pruned, configured, asked)
+        output = original(**(made | _of_whole_prompts(made, configured, prompts)))
         prompts.mark(given.get(CACHE), getattr(output, CACHE, None))
         if torch.is_tensor(output):
             return prompts.whole(output)
@@ -168,6 +195,9 @@ class Pruning:
             raise InvalidOptionError(f"Media behind {CACHE} of earlier tokens are not pruned; {ASK}")
         if inputs.get("position_ids") is not None:
             raise InvalidOptionError(OWN_POSITIONS)
+        if torch.is_tensor(inputs.get("logits_to_keep")):
+            raise InvalidOptionError("logits_to_keep as indices counts the unpruned prompt's; give a number.")
+        self._check_tower(inputs)
         family, ids, mask = self._family, inputs["input_ids"], inputs.get("attention_mask")
         own = {name: inputs[name] for name in family.media_inputs if inputs.get(name) is not None}
         media, pixels = family.processed(own)
@@ -183,6 +213,15 @@ class Pruning:
         features = family.visual_inputs([visual for row in visuals for visual in row])
         columns, following = self._columns(inputs, stays, visuals, left=left)
         return rest | columns | features, _Prompts(ids, columns["attention_mask"], following)
+
+    def _check_tower(self, inputs: Inputs) -> None:
+        """Raises InvalidOptionError where another layer of the tower is asked for than pruning looks at."""
+        for name, value in self._tower.items():
+            asked = inputs.get(name)
+            if self._configured[name] != value or (asked is not None and asked != value):
+                raise InvalidOptionError(
+                    f"{name} is {value} while the model is pruned; set it in its config before."
+                )
 
     def _warn_of_untrained(self, visuals: Sequence[Visual]) -> None:
         """Once: parameters that ask for a gradient and will not get one."""
@@ -259,6 +298,25 @@ class Pruning:
         return next(id_ for id_ in range(10) if id_ not in self._family.placeholder_ids.values())
 
 
+class _Replaced:
+    """A method of a model while it is pruned; an object, as functions are copied without a word."""
+
+    def __init__(self, pruning: Pruning, original: Callable[..., Any], pruned: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, original)  # transformers reads the signature of `forward`
+        self._pruning, self._original, self._pruned = pruning, original, pruned
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        return self._pruning.call(self._original, self._pruned, args, inputs)
+
+    def __deepcopy__(self, memo: object) -> NoReturn:
+        raise InvalidOptionError(
+            "Remove the pruning before the model is copied: its copy would call this one."
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise InvalidOptionError("Remove the pruning before the model is pickled, or save its state_dict.")
+
+
 @dataclass(frozen=True, slots=True)
 class _Prompts:
     """The prompts of one call.
@@ -276,11 +334,44 @@ class _Prompts:
         for cache in caches:
             if isinstance(cache, Cache):
                 setattr(cache, MARK, self)
+                cache.__class__ = _following(type(cache))  # type: ignore[arg-type]  # torch's `__hash__`
+
+    def of_rows(self, rows: Tensor, cached: int) -> _Prompts:
+        """Those of `rows` [R], of a cache of `cached` rows: of each prompt as many, one behind the other."""
+        rows = rows.cpu() // (cached // len(self.mask))
+        following = None if self.following is None else self.following[rows]
+        asked, mask = (own[rows.to(own.device)] for own in (self.asked, self.mask))
+        return _Prompts(asked, mask, following)
 
     def whole(self, ids: Tensor) -> Tensor:
         """Pruned prompts and new tokens [n * B, P + new] behind the caller's prompts: [n * B, T + new]."""
         asked = self.asked.to(ids.device).repeat_interleave(len(ids) // len(self.asked), dim=0)
         return torch.cat([asked, ids[:, self.mask.shape[1] :]], dim=1)
+
+    def fitted(self, own: Any) -> Any:
+        """A processor or criterion of the caller's `generate`, as it is for these prompts."""
+        whole = self.asked.shape[1]
+        cut = whole - self.mask.shape[1]
+        # Those of transformers keep their type, by which they replace what `generate` itself would add.
+        if type(own) is MaxLengthCriteria:
+            return MaxLengthCriteria(own.max_length - cut, own.max_position_embeddings)
+        if type(own) is logits_process.SuppressTokensAtBeginLogitsProcessor:
+            return _with(own, begin_index=own.begin_index - cut)
+        if type(own) is logits_process.RepetitionPenaltyLogitsProcessor:
+            ignored = own.prompt_ignore_length or 0
+            if ignored >= whole:
+                return _with(own, prompt_ignore_length=ignored - cut)
+            return self._shown_whole(own) if ignored else own
+        of_transformers = type(own).__module__.startswith("transformers.")
+        return own if of_transformers and not isinstance(own, COUNTING) else self._shown_whole(own)
+
+    def _shown_whole(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        """A function, as transformers would ask an object's `__call__` for the names of its arguments."""
+
+        def call(ids: Tensor, scores: Any, **options: Any) -> Any:
+            return own(self.whole(ids), scores, **options)
+
+        return call
 
     def continued(self, given: Inputs, cached: int) -> Inputs:
         """`given` to `forward` behind `cached` tokens of each row, with mask and positions that fit them."""
@@ -310,6 +401,32 @@ class _Prompts:
         return made
 
 
+class _Following:
+    """Before a class of keys and values: what is known of their prompts follows the rows that they go to."""
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._take(beam_idx)
+        super().reorder_cache(beam_idx)  # type: ignore[misc]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._take(indices)
+        super().batch_select_indices(indices)  # type: ignore[misc]
+
+    def _take(self, rows: Tensor) -> None:
+        prompts: _Prompts | None = getattr(self, MARK, None)
+        if prompts is not None:
+            cached = len(self.layers[0].keys)  # type: ignore[attr-defined]
+            if rows.dtype == torch.bool:
+                rows = rows.nonzero().flatten()
+            setattr(self, MARK, prompts.of_rows(rows, cached))
+
+
+@functools.cache
+def _following(kind: type[Cache]) -> type[Cache]:
+    """`kind` with `_Following`, by the same name: an object of it stays one, and so do its copies."""
+    return kind if issubclass(kind, _Following) else type(kind.__name__, (_Following, kind), {})
+
+
 def _behind_prompts(given: Inputs, *, generates: bool) -> Inputs:
     """The arguments of a call without media, as they are behind keys and values of pruned prompts."""
     cache = given.get(CACHE)
@@ -327,34 +444,20 @@ def _behind_prompts(given: Inputs, *, generates: bool) -> Inputs:
     return prompts.continued(given, cached)
 
 
-def _of_whole_prompts(inputs: Inputs, prompts: _Prompts) -> Inputs:
+def _of_whole_prompts(inputs: Inputs, configured: Any, prompts: _Prompts) -> Inputs:
     """The caller's criteria, processors and prefix function in `inputs`, which get to see whole prompts."""
-    cut = prompts.asked.shape[1] - prompts.mask.shape[1]
-
-    def wrapped(own: Callable[..., Any]) -> Callable[..., Any]:
-        # A function, as transformers would ask an object's `__call__` for the names of its arguments.
-        def call(ids: Tensor, scores: Any, **options: Any) -> Any:
-            return own(prompts.whole(ids), scores, **options)
-
-        return call
-
-    def fitted(own: Any) -> Any:
-        if type(own) is MaxLengthCriteria:
-            return MaxLengthCriteria(own.max_length - cut, own.max_position_embeddings)
-        # Others of transformers keep their type, by which they replace what `generate` itself would add.
-        of_transformers = type(own).__module__.startswith("transformers.")
-        return own if of_transformers and not isinstance(own, COUNTING) else wrapped(own)
-
     made: Inputs = {}
     for name in ("logits_processor", "stopping_criteria"):
         if inputs.get(name) is not None:
-            made[name] = type(inputs[name])(map(fitted, inputs[name]))
+            made[name] = type(inputs[name])(prompts.fitted(own) for own in inputs[name])
     allowed = inputs.get("prefix_allowed_tokens_fn")
     if allowed is not None:
-        pruned = prompts.mask.shape[1]
+        pruned, beams = prompts.mask.shape[1], _setting(inputs, configured, "num_beams") or 1
+        # With beams a row is of a prompt; without, each of the sequences that a prompt is to have is a row.
+        rows = 1 if beams > 1 else _setting(inputs, configured, "num_return_sequences") or 1
 
         def prefixed(row: int, ids: Tensor) -> Any:
-            return allowed(row, torch.cat([prompts.asked[row].to(ids.device), ids[pruned:]]))
+            return allowed(row, torch.cat([prompts.asked[row // rows].to(ids.device), ids[pruned:]]))
 
         made["prefix_allowed_tokens_fn"] = prefixed
     return made
@@ -380,19 +483,44 @@ def _by_name(signature: inspect.Signature, args: tuple[Any, ...], inputs: Inputs
     return named
 
 
+def _with(own: Any, **attributes: Any) -> Any:
+    made = copy.copy(own)
+    for name, value in attributes.items():
+        setattr(made, name, value)
+    return made
+
+
+def _setting(inputs: Inputs, configured: Any, name: str) -> Any:
+    """Of `generate`: the call's argument, else of the config that it was given, else of the model's own."""
+    given = (
+        inputs.get(name),
+        *(getattr(each, name, None) for each in (inputs.get("generation_config"), configured)),
+    )
+    return next((value for value in given if value is not None), None)
+
+
+def _of_padding(inputs: Inputs, configured: Any) -> Tensor | None:
+    """The mask that transformers' `generate` takes where none is given: all but padding that ends nothing."""
+    pad, ends = (_setting(inputs, configured, f"{name}_token_id") for name in ("pad", "eos"))
+    if pad is None or pad in ([] if ends is None else torch.as_tensor(ends).flatten().tolist()):
+        return None
+    ids: Tensor = inputs["input_ids"]
+    return ids.ne(pad).long()
+
+
 def _relative(inputs: Inputs, configured: Any, prompt: int) -> Inputs:
     """`inputs` of `generate` whose bounds count no prompt: that of `prompt` tokens is shorter now."""
-    config, made = inputs.get("generation_config") or configured, dict(inputs)
+    made = dict(inputs)
     for bound, least in (("max", 1), ("min", 0)):
-        own, length = f"{bound}_new_tokens", made.pop(f"{bound}_length", None)
-        if made.get(own) is None and getattr(config, own) is None:
-            length = length or getattr(config, f"{bound}_length")
+        length, name = made.pop(f"{bound}_length", None), f"{bound}_new_tokens"
+        if _setting(made, configured, name) is None:
+            length = length or _setting(made, configured, f"{bound}_length")
             if length:
                 if length - prompt < least and bound == "max":  # as transformers says it
                     raise ValueError(
                         f"Input length of input_ids is {prompt}, but `max_length` is set to {length}."
                     )
-                made[own] = max(least, length - prompt)
+                made[name] = max(least, length - prompt)
     return made
 
 
